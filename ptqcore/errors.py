@@ -1,0 +1,29 @@
+"""What can go wrong through no fault of the code: each error is one sentence for the user."""
+
+
+class PtqError(Exception):
+    """Base of every error that the command line prints as one sentence with exit code 2."""
+
+
+class RecipeError(PtqError):
+    """A recipe, or a `--set` on the command line, cannot be understood or carried out."""
+
+
+class PluginError(PtqError):
+    """A plugin is missing, broken, or breaks its contract with the core."""
+
+
+class ModelError(PtqError):
+    """A model cannot be read, traced or quantized."""
+
+
+class DataError(PtqError):
+    """Calibration or evaluation data cannot be used."""
+
+
+class ArtifactError(PtqError):
+    """An output folder cannot be written, or a saved artifact cannot be read."""
+
+
+class ExportError(PtqError):
+    """A result cannot be expressed in the asked-for format, or did not read back as written."""

@@ -1,0 +1,166 @@
+"""Arithmetic of a quantization grid: pure functions, no state.
+
+Scales and zero points have the *layout* of a tensor under a spec. For x of shape [..., n]:
+
+    tensor    [1, …, 1]
+    channel   [rows, 1, …, 1]        (rows = first dimension)
+    group     [..., ceil(n / group_size)]
+    token     [..., 1]
+
+Zero points are whole numbers stored in the dtype of the scale.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ptqcore.spec import QuantSpec
+
+_FLOAT_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
+def float_dtype(spec: QuantSpec) -> torch.dtype:
+    """The torch dtype of a float grid."""
+    return _FLOAT_DTYPES[spec.dtype]
+
+
+def float_max(spec: QuantSpec) -> float:
+    """Largest finite value of a float grid (448 for e4m3, 57344 for e5m2)."""
+    return float(torch.finfo(float_dtype(spec)).max)
+
+
+def split_groups(x: Tensor, spec: QuantSpec) -> Tensor:
+    """View x [..., n] as [..., groups, group_size] under a group spec; other specs leave it as is.
+
+    A last ragged group is filled up with zeros: zero lies on every grid and inside every range, so
+    the filling changes neither ranges nor errors.
+    """
+    if spec.granularity != "group":
+        return x
+    size = spec.group_size or x.shape[-1]
+    missing = -x.shape[-1] % size
+    return (F.pad(x, (0, missing)) if missing else x).unflatten(-1, (-1, size))
+
+
+def merge_groups(x: Tensor, spec: QuantSpec, n: int) -> Tensor:
+    """Inverse of `split_groups`: back to [..., n], the filling dropped."""
+    return x.flatten(-2)[..., :n] if spec.granularity == "group" else x
+
+
+def reduced_dims(x: Tensor, spec: QuantSpec) -> tuple[int, ...]:
+    """Dimensions of `split_groups(x)` that share one scale."""
+    if spec.granularity == "tensor":
+        return tuple(range(x.ndim))
+    if spec.granularity == "channel":
+        return tuple(range(1, x.ndim))
+    return (-1,)
+
+
+def layout_shape(shape: tuple[int, ...], spec: QuantSpec) -> tuple[int, ...]:
+    """Shape of the scale of a tensor of that shape."""
+    if spec.granularity == "tensor":
+        return (1,) * len(shape)
+    if spec.granularity == "channel":
+        return (shape[0],) + (1,) * (len(shape) - 1)
+    if spec.granularity == "token":
+        return (*shape[:-1], 1)
+    return (*shape[:-1], -(-shape[-1] // (spec.group_size or shape[-1])))
+
+
+def value_range(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of x for every scale of the layout, extended to contain 0."""
+    groups = split_groups(x, spec)
+    dims = reduced_dims(x, spec)
+    keep = spec.granularity != "group"
+    low, high = groups.amin(dims, keepdim=keep), groups.amax(dims, keepdim=keep)
+    return low.clamp(max=0), high.clamp(min=0)
+
+
+def scale_and_zero_point(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    """Grid that covers [low, high].
+
+    Integer: scale = width / (2^bits − 1) where width is high − low, or 2·max(|low|, |high|) if
+    symmetric; zero_point = round(−low / scale), None if symmetric. Float: scale = max|x| / largest
+    value of the format. An empty range gets scale 1, so that zeros are exact.
+    """
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if spec.symmetric:
+        largest = torch.maximum(-low, high)
+        scale = largest / (float_max(spec) if spec.is_float else spec.levels / 2)
+    else:
+        scale = (high - low) / spec.levels
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    if spec.symmetric:
+        return scale, None
+    return scale, torch.round(-low / scale).clamp(0, spec.levels)
+
+
+def _spread(parameter: Tensor, spec: QuantSpec) -> Tensor:
+    return parameter.unsqueeze(-1) if spec.granularity == "group" else parameter
+
+
+def _codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """Unpacked codes of grouped x as floats (integer grids) or as values of the float format."""
+    scaled = x / _spread(scale, spec)
+    if spec.is_float:
+        limit = float_max(spec)
+        return scaled.clamp(-limit, limit).to(float_dtype(spec))
+    offset = spec.middle if zero_point is None else _spread(zero_point, spec)
+    return (torch.round(scaled) + offset).clamp(0, spec.levels)
+
+
+def _values(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    if spec.is_float:
+        return codes.to(scale.dtype) * _spread(scale, spec)
+    offset = spec.middle if zero_point is None else _spread(zero_point, spec)
+    return (codes - offset) * _spread(scale, spec)
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """Codes of x as uint8, same shape as x: integers 0 … 2^bits − 1, or the bytes of an FP8 format."""
+    codes = _codes(split_groups(x, spec), scale, zero_point, spec)
+    raw = codes.view(torch.uint8) if spec.is_float else codes.to(torch.uint8)
+    return merge_groups(raw, spec, x.shape[-1])
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """Values of uint8 codes, in the dtype of the scale."""
+    groups = split_groups(codes, spec)
+    numbers = groups.view(float_dtype(spec)) if spec.is_float else groups.to(scale.dtype)
+    return merge_groups(_values(numbers, scale, zero_point, spec), spec, codes.shape[-1])
+
+
+def _inside(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """Where grouped x lies in the range of the grid, that is, where rounding does not clip it."""
+    scaled = x / _spread(scale, spec)
+    if spec.is_float:
+        return scaled.abs() <= float_max(spec)
+    code = torch.round(scaled) + (spec.middle if zero_point is None else _spread(zero_point, spec))
+    return (code >= 0) & (code <= spec.levels)
+
+
+class _RoundStraightThrough(torch.autograd.Function):
+    """Quantize-dequantize forward; gradient 1 inside the range of the grid and 0 outside."""
+
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, spec):  # type: ignore[no-untyped-def]
+        groups = split_groups(x, spec)
+        if ctx.needs_input_grad[0]:
+            inside = _inside(groups, scale, zero_point, spec)
+            ctx.save_for_backward(merge_groups(inside, spec, x.shape[-1]))
+        values = _values(_codes(groups, scale, zero_point, spec), scale, zero_point, spec)
+        return merge_groups(values, spec, x.shape[-1])
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        (inside,) = ctx.saved_tensors
+        return gradient * inside, None, None, None
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """x rounded to its grid, same shape and dtype.
+
+    The gradient passes straight through inside the range of the grid and is zero where x was
+    clipped (Bengio et al., arXiv 1308.3432); scale and zero point get none.
+    """
+    return _RoundStraightThrough.apply(x, scale, zero_point, spec)  # type: ignore[no-any-return]

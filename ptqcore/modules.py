@@ -1,0 +1,158 @@
+"""Quantized layers: a packed weight, and optionally a quantized input."""
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ptqcore import grid
+from ptqcore.packed import QuantizedTensor
+from ptqcore.quantizers import FakeQuant
+from ptqcore.spec import QuantSpec
+
+
+class QuantModule(nn.Module, ABC):
+    """A layer whose weight is held as packed integers and whose input may be rounded to a grid.
+
+    Buffers: `weight_codes` (int32 words), `weight_scale` and, if asymmetric, `weight_zero_point`
+    (uint8). The forward pass computes with the dequantized weight, which is made at the first use
+    and kept beside the packed one. It starts empty: fill it with `set_weight` or a state dict.
+    """
+
+    quantizes: ClassVar[type[nn.Module]]
+    weight_codes: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+
+    def __init__(self, layer: nn.Module, weight_spec: QuantSpec, input_spec: QuantSpec | None) -> None:
+        """Take shape, dtype, bias and hyper-parameters from a float layer."""
+        super().__init__()
+        weight = layer.get_parameter("weight")
+        rows, columns = weight.shape[0], math.prod(weight.shape[1:])
+        layout = grid.layout_shape((rows, columns), weight_spec)
+        words = -(-columns * weight_spec.bits // 32)
+        device = weight.device
+        self.weight_spec = weight_spec
+        self.weight_shape = tuple(weight.shape)
+        self.register_buffer("weight_codes", torch.zeros(rows, words, dtype=torch.int32, device=device))
+        self.register_buffer("weight_scale", torch.ones(layout, dtype=weight.dtype, device=device))
+        zero_point = (
+            None if weight_spec.symmetric else torch.zeros(layout, dtype=torch.uint8, device=device)
+        )
+        self.register_buffer("weight_zero_point", zero_point)
+        bias: nn.Parameter | None = getattr(layer, "bias", None)
+        self.register_parameter(
+            "bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        )
+        self.input_quantizer = None if input_spec is None else FakeQuant(input_spec)
+        self._dequantized: Tensor | None = None
+
+    def set_weight(self, weight: QuantizedTensor) -> None:
+        """Hold this quantized weight.
+
+        Raises:
+            ValueError: if its spec or shape is not the layer's.
+        """
+        if weight.spec != self.weight_spec or weight.shape != self.weight_shape:
+            raise ValueError(
+                f"a weight {weight.spec} {weight.shape} does not fit a layer "
+                f"{self.weight_spec} {self.weight_shape}"
+            )
+        for name, value in weight.pack().items():
+            setattr(self, f"weight_{name}", value)
+        self._dequantized = None
+
+    @property
+    def quantized_weight(self) -> QuantizedTensor:
+        """The canonical record, unpacked."""
+        packed = {"codes": self.weight_codes, "scale": self.weight_scale}
+        if self.weight_zero_point is not None:
+            packed["zero_point"] = self.weight_zero_point
+        return QuantizedTensor.unpack(packed, self.weight_spec, self.weight_shape)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, in the dtype and shape of the float layer's."""
+        if self._dequantized is None:
+            self._dequantized = self.quantized_weight.dequantize()
+        return self._dequantized
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(x if self.input_quantizer is None else self.input_quantizer(x))
+
+    @abstractmethod
+    def compute(self, x: Tensor) -> Tensor:
+        """The float layer's function of an input that is already on its grid."""
+
+    def extra_repr(self) -> str:
+        return f"{self.weight_shape}, weight {self.weight_spec}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantModule":
+        self._dequantized = None
+        return super()._apply(fn, recurse)  # type: ignore[return-value]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._dequantized = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class QuantLinear(QuantModule):
+    """`torch.nn.Linear` with a quantized weight [out, in]."""
+
+    quantizes = nn.Linear
+
+    def __init__(self, layer: nn.Linear, weight_spec: QuantSpec, input_spec: QuantSpec | None) -> None:
+        super().__init__(layer, weight_spec, input_spec)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+
+    def compute(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class QuantConv2d(QuantModule):
+    """`torch.nn.Conv2d` with a quantized weight [out, in/groups, height, width]."""
+
+    quantizes = nn.Conv2d
+
+    def __init__(self, layer: nn.Conv2d, weight_spec: QuantSpec, input_spec: QuantSpec | None) -> None:
+        super().__init__(layer, weight_spec, input_spec)
+        self.stride, self.dilation, self.groups = layer.stride, layer.dilation, layer.groups
+        self.padding, self.padding_mode = layer.padding, layer.padding_mode
+        self._padding = layer._reversed_padding_repeated_twice
+
+    def compute(self, x: Tensor) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._padding, mode=self.padding_mode), (0, 0)
+        return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+
+
+QUANTIZED_BY: dict[type[nn.Module], type[QuantModule]] = {
+    kind.quantizes: kind for kind in (QuantLinear, QuantConv2d)
+}
+
+
+def quantized_class(layer: nn.Module) -> type[QuantModule] | None:
+    """The class that quantizes this layer, or None.
+
+    The type must match exactly: a subclass may use its weight in ways that we do not know.
+    """
+    return QUANTIZED_BY.get(type(layer))
+
+
+def quantizable_layers(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
+    """Float layers inside `module` that can be quantized, by path (the module itself included)."""
+    found = {}
+    for name, child in module.named_modules(prefix=prefix):
+        if quantized_class(child) is not None:
+            found[name] = child
+    return found
+
+
+def state_bytes(module: nn.Module) -> int:
+    """Bytes of the parameters and persistent buffers of a model; shared tensors count once."""
+    unique = {tensor.data_ptr(): tensor.nbytes for tensor in module.state_dict().values()}
+    return sum(unique.values())

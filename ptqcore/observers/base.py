@@ -1,0 +1,46 @@
+"""The contract of an observer: see tensors, then say which range a grid should cover."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from ptqcore.spec import QuantSpec
+
+
+class ObserverOptions(BaseModel):
+    """Options of an observer; subclasses add fields, unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Observer(ABC):
+    """Finds the range [low, high] that the grid of `spec` should cover.
+
+    Ranges have the layout that `ptqcore.grid` describes and contain 0. Subclasses set `name` (used
+    in recipes) and may replace `Options`.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type[ObserverOptions]] = ObserverOptions
+
+    def __init__(self, spec: QuantSpec, **options: Any) -> None:
+        self.spec = spec
+        self.options = self.Options(**options)
+
+    @abstractmethod
+    def update(self, x: Tensor) -> None:
+        """Take in one tensor: a weight matrix [rows, columns], or activations [..., channels]."""
+
+    @abstractmethod
+    def range(self) -> tuple[Tensor, Tensor]:
+        """The range (low, high) for all tensors seen so far.
+
+        Raises:
+            ValueError: if no tensor was seen.
+        """
+
+    @abstractmethod
+    def merge(self, other: Self) -> None:
+        """Take in what another observer of the same kind has seen (data-parallel calibration)."""

@@ -1,0 +1,39 @@
+"""The range that leaves out a given share of the values."""
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ptqcore.observers.base import ObserverOptions
+from ptqcore.observers.samples import SampleObserver
+
+
+class PercentileOptions(ObserverOptions):
+    """percentile: share of the values, in percent, that the range must hold on each side."""
+
+    percentile: float = Field(default=99.99, gt=50.0, le=100.0)
+
+
+class Percentile(SampleObserver):
+    """Covers [100 − p, p] percent of the values, linearly interpolated between neighbours."""
+
+    name = "percentile"
+    Options: ClassVar[type[ObserverOptions]] = PercentileOptions
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        exact_low, _ = self.exact_range()
+        ordered = self.values().sort(dim=1).values
+        share: float = self.options.percentile / 100  # type: ignore[attr-defined]
+        low = _quantile(ordered, 1 - share).view_as(exact_low)
+        high = _quantile(ordered, share).view_as(exact_low)
+        return low.clamp(max=0), high.clamp(min=0)
+
+
+def _quantile(ordered: Tensor, share: float) -> Tensor:
+    """Quantile of sorted rows [scales, n]; torch.quantile stops at 16 million values."""
+    position = share * (ordered.shape[1] - 1)
+    below = int(position)
+    above = min(below + 1, ordered.shape[1] - 1)
+    return torch.lerp(ordered[:, below], ordered[:, above], position - below)

@@ -1,0 +1,72 @@
+"""A bounded, deterministic sample of the values seen, for observers that need a distribution."""
+
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from ptqcore import grid
+from ptqcore.observers.base import Observer
+from ptqcore.observers.minmax import MinMax
+from ptqcore.spec import QuantSpec
+
+_MOST_VALUES = 2**22
+
+
+class SampleObserver(Observer):
+    """Keeps the values [scales, n] of every scale of the layout.
+
+    Where one scale serves a whole tensor, at most 4 Mi values are kept: all of them, else every
+    2nd, 4th, … in the order seen. The smallest and largest value are always exact.
+    """
+
+    def __init__(self, spec: QuantSpec, **options: object) -> None:
+        super().__init__(spec, **options)
+        self._values: Tensor | None = None
+        self._stride = 1
+        self._seen = 0
+        self._exact = MinMax(spec)
+
+    def update(self, x: Tensor) -> None:
+        self._exact.update(x)
+        rows = self._rows(x)
+        self._append(rows[:, -self._seen % self._stride :: self._stride])
+        self._seen += rows.shape[1]
+
+    def merge(self, other: Self) -> None:
+        theirs = other.values()
+        self._exact.merge(other._exact)
+        stride = max(self._stride, other._stride)
+        if self._values is not None:
+            self._values = self._values[:, :: stride // self._stride]
+        self._stride = stride
+        self._append(theirs[:, :: stride // other._stride])
+        self._seen += other._seen
+
+    def values(self) -> Tensor:
+        """The kept values [scales, n].
+
+        Raises:
+            ValueError: if no tensor was seen.
+        """
+        if self._values is None:
+            raise ValueError(f"the {self.name} observer has seen no tensor")
+        return self._values
+
+    def exact_range(self) -> tuple[Tensor, Tensor]:
+        """Smallest and largest value seen, in the layout, extended to contain 0."""
+        return self._exact.range()
+
+    def _rows(self, x: Tensor) -> Tensor:
+        if self.spec.granularity == "tensor":
+            return x.reshape(1, -1)
+        if self.spec.granularity == "channel":
+            return x.flatten(1)
+        return grid.split_groups(x, self.spec).flatten(0, -2)
+
+    def _append(self, rows: Tensor) -> None:
+        rows = rows if self._values is None else torch.cat([self._values, rows], dim=1)
+        while self.spec.granularity == "tensor" and rows.numel() > _MOST_VALUES:
+            self._stride *= 2
+            rows = rows[:, ::2]
+        self._values = rows.clone()

@@ -1,0 +1,234 @@
+"""The order form: recipes as validated YAML, with overrides from the command line."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ptqcore.errors import RecipeError
+from ptqcore.spec import QuantSpec
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class TensorQuant(QuantSpec):
+    """How a kind of tensor is quantized: its grid, and the observer that finds the range.
+
+    `observer` is a name, or a mapping `{name: {option: value}}`.
+    """
+
+    observer: str | dict[str, dict[str, Any]] = "minmax"
+
+    @property
+    def spec(self) -> QuantSpec:
+        """The grid alone."""
+        return QuantSpec(**self.model_dump(exclude={"observer"}))
+
+
+class QuantSection(BaseModel):
+    """`quant`: the grids of weights and activations, and the layers left alone."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weights: TensorQuant
+    activations: TensorQuant | None = None
+    ignore: list[str] = Field(default=[], description="globs of module paths left in full precision")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.weights.dynamic or self.weights.granularity == "token":
+            raise ValueError("weights.dynamic true: weights are constant, set it to false")
+        activations = self.activations
+        if activations is None:
+            return self
+        if activations.granularity == "channel":
+            raise ValueError(
+                "activations.granularity channel: integer products need one activation scale per "
+                "row, use token (dynamic) or tensor"
+            )
+        if activations.granularity == "group" and not activations.dynamic:
+            raise ValueError("activations.granularity group with dynamic false: set dynamic to true")
+        return self
+
+
+class TaskSection(BaseModel):
+    """`task`: the kind of task; the other keys are that task's own options."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    kind: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Everything but `kind`, to be validated by the task."""
+        return dict(self.model_extra or {})
+
+
+class Entry(BaseModel):
+    """A name with options, written `name` or `{name: {option: value}}`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    options: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, dict) and len(value) == 1 and "name" not in value:
+            ((name, options),) = value.items()
+            return {"name": name, "options": options or {}}
+        return value
+
+
+class Recipe(BaseModel):
+    """One run: what is quantized, how, in which steps, and what is written."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    task: TaskSection
+    quant: QuantSection
+    blocks: str | None = Field(
+        default=None, description="glob of the blocks' paths, if the map's are not wanted"
+    )
+    steps: list[Entry] = Field(min_length=1)
+    export: list[Entry] = []
+
+    @field_validator("export")
+    @classmethod
+    def _once(cls, value: list[Entry]) -> list[Entry]:
+        names = [entry.name for entry in value]
+        if len(set(names)) < len(names):
+            raise ValueError("export names a format twice")
+        return value
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def read_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read and validate a recipe file, with `KEY=VALUE` overrides applied first.
+
+    Raises:
+        RecipeError: if the file is missing or not YAML, or a key or value is wrong.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"recipe {path} must be a mapping of keys, not {type(data).__name__}")
+    data.setdefault("name", path.stem)
+    for override in overrides:
+        apply_override(data, override)
+    return validate(Recipe, data)
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Apply one `a.b=value` to nested mappings and lists; the value is read as YAML.
+
+    Raises:
+        RecipeError: if the text has no `=`, or the path runs through something that has no keys.
+    """
+    key, separator, text = override.partition("=")
+    parts = key.split(".")
+    if not separator or not all(parts):
+        raise RecipeError(
+            f"--set {override!r} is not of the form KEY=VALUE, for example quant.weights.bits=4"
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {key}: the value {text!r} is not valid YAML") from error
+    *path, last = parts
+    at: Any = data
+    for part in path:
+        at = _descend(at, part, key)
+    if isinstance(at, list):
+        at[_index(at, last, key)] = value
+    else:
+        at[last] = value
+
+
+def _descend(at: Any, part: str, key: str) -> Any:
+    """The mapping or list below `part`, made where nothing is yet."""
+    slot: Any = _index(at, part, key) if isinstance(at, list) else part
+    if isinstance(at, dict) and at.get(slot) is None:
+        at[slot] = {}
+    if isinstance(at[slot], str):
+        at[slot] = {at[slot]: {}}
+    if not isinstance(at[slot], dict | list):
+        raise RecipeError(f"--set {key}: {part!r} is {at[slot]!r} and has no keys below it")
+    return at[slot]
+
+
+def _index(at: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(at):
+        raise RecipeError(f"--set {key}: {part!r} is not an index of a list of {len(at)} entries")
+    return int(part)
+
+
+def validate(model: type[M], data: Any, prefix: str = "") -> M:
+    """Validate `data`; the first thing wrong becomes one sentence.
+
+    Args:
+        model: the pydantic model.
+        data: what was read.
+        prefix: the place of `data` in the recipe, for example `task`.
+
+    Raises:
+        RecipeError: naming the key, the value, what was expected and the nearest valid key.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(_sentence(model, error, prefix)) from None
+
+
+def _sentence(model: type[BaseModel], error: ValidationError, prefix: str) -> str:
+    # A key that is not known explains more than the missing ones that it was meant to be.
+    problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    problem = problems[0]
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(([prefix] if prefix else []) + location)
+    if problem["type"] == "extra_forbidden":
+        known = _fields(model, location[:-1])
+        return f"recipe key {key!r} is unknown{nearest(location[-1], known)}"
+    if problem["type"] == "missing":
+        return f"recipe key {key!r} is missing: {problem['msg'].lower()}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"recipe key {key or 'quant'!r} is not possible: {message}"
+    return f"recipe key {key!r} is {problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
+    """Names of the fields at a path inside nested models."""
+    current: Any = model
+    for part in path:
+        field = current.model_fields.get(part) if hasattr(current, "model_fields") else None
+        kinds = [] if field is None else [field.annotation, *getattr(field.annotation, "__args__", ())]
+        current = next((kind for kind in kinds if hasattr(kind, "model_fields")), None)
+        if current is None:
+            return []
+    return list(current.model_fields)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or the list of what is known."""
+    names = sorted(known)
+    close = get_close_matches(name, names, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(names)}" if names else ""

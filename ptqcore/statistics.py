@@ -1,0 +1,54 @@
+"""Sums over a layer's input that many methods share."""
+
+import torch
+from torch import Tensor
+
+
+class Gram:
+    """Streaming XᵀX, mean, smallest and largest value per channel of a layer's input X [tokens, channels].
+
+    For a weight change ΔW the error of the layer's output over all tokens is
+    ‖X ΔWᵀ‖² = tr(ΔW XᵀX ΔWᵀ), so that XᵀX serves error reports, GPTQ, AWQ and clip search without
+    the samples. Sums are kept in float32; every product of one update is accumulated by one matmul.
+    """
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+        self.matrix = torch.zeros(channels, channels, device=device)
+        self.sum = torch.zeros(channels, dtype=torch.float64, device=device)
+        self.low = torch.full((channels,), torch.inf, device=device)
+        self.high = torch.full((channels,), -torch.inf, device=device)
+        self.count = 0
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean input [channels] over all tokens seen, float64."""
+        return self.sum / max(self.count, 1)
+
+    def update(self, x: Tensor) -> None:
+        """Add the tokens of x [..., channels]."""
+        rows = x.detach().flatten(0, -2).float()
+        if not rows.shape[0]:
+            return
+        self.matrix.addmm_(rows.T, rows)
+        self.sum += rows.sum(0, dtype=torch.float64)
+        self.low = torch.minimum(self.low, rows.amin(0))
+        self.high = torch.maximum(self.high, rows.amax(0))
+        self.count += rows.shape[0]
+
+    def merge(self, other: "Gram") -> None:
+        """Add the tokens that another Gram of the same channels has seen."""
+        self.matrix += other.matrix
+        self.sum += other.sum
+        self.low = torch.minimum(self.low, other.low)
+        self.high = torch.maximum(self.high, other.high)
+        self.count += other.count
+
+    def energy(self, weight: Tensor) -> float:
+        """‖X Wᵀ‖² summed over tokens and outputs, for a weight [outputs, channels]."""
+        matrix = weight.detach().float()
+        return float(((matrix @ self.matrix) * matrix).sum(dtype=torch.float64))
+
+    def relative_error(self, weight: Tensor, quantized: Tensor) -> float:
+        """‖X(Ŵ − W)ᵀ‖² / ‖X Wᵀ‖²: the layer's output error from its weights alone (0 if both are 0)."""
+        error = self.energy(quantized - weight)
+        return error / self.energy(weight) if error else 0.0

@@ -1,0 +1,65 @@
+"""A task: a model, the samples that calibrate it, and the figures by which it is judged."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+
+class TaskOptions(BaseModel):
+    """The `task` section of a recipe without `kind`; subclasses add fields, unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Task(ABC):
+    """What is quantized, on what data, judged by what. One object serves one run.
+
+    Subclasses set `name` (the `kind` of a recipe's `task` section) and `Options`. Bad input raises
+    `DataError` or `ModelError` with one clear sentence.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type[TaskOptions]] = TaskOptions
+
+    def __init__(self, options: TaskOptions, seed: int = 0) -> None:
+        self.options = options
+        self.seed = seed
+
+    @abstractmethod
+    def load_model(self) -> nn.Module:
+        """The full-precision model, in evaluation mode."""
+
+    @abstractmethod
+    def samples(self, model: nn.Module) -> Sequence[Any]:
+        """Calibration samples: nested tuples, lists or dicts of tensors; the same for the same seed."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Metrics of a model, by name; the names never differ from call to call.
+
+        The first call of a run is with the full-precision model: figures that compare (agreement,
+        divergence) take its outputs as reference, and are perfect in that call.
+        """
+
+    @abstractmethod
+    def save_assets(self, folder: Path) -> None:
+        """Write what `build` needs (a configuration; never weights), and what users want beside it."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, folder: Path) -> nn.Module:
+        """The model's structure from a folder of assets, with any weights, in evaluation mode."""
+
+    def forward(self, model: nn.Module, sample: Any) -> Any:
+        """Run the model on one calibration sample: dicts as keywords, tuples as positions."""
+        if isinstance(sample, dict):
+            return model(**sample)
+        return model(*sample) if isinstance(sample, tuple) else model(sample)
+
+    def excluded(self, model: nn.Module) -> dict[str, str]:
+        """Layers that stay in full precision by default: path → reason for the report."""
+        return {}
