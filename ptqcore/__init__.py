@@ -6,30 +6,42 @@ from typing import TYPE_CHECKING, Any
 from ptqcore.version import __version__
 
 if TYPE_CHECKING:
-    from ptqcore.artifact import load
-    from ptqcore.blocks import Block, BlockIO
-    from ptqcore.errors import (
-        ArtifactError,
-        DataError,
-        ExportError,
-        ModelError,
-        PluginError,
-        PtqError,
-        RecipeError,
-    )
-    from ptqcore.export.base import Exporter
-    from ptqcore.modules import QuantConv2d, QuantLinear, QuantModule
-    from ptqcore.observers import Observer, ObserverOptions
-    from ptqcore.packed import QuantizedTensor, pack_bits, unpack_bits
-    from ptqcore.plugin import Plugin
-    from ptqcore.progress import track
-    from ptqcore.quantizers import FakeQuant
-    from ptqcore.recipe import QuantSection, Recipe, TensorQuant
-    from ptqcore.run import quantize
-    from ptqcore.spec import QuantSpec
-    from ptqcore.statistics import Gram
-    from ptqcore.step import Step, StepOptions
-    from ptqcore.task import Task, TaskOptions
+    from ptqcore.artifact import load as load
+    from ptqcore.blocks import Block as Block
+    from ptqcore.blocks import BlockIO as BlockIO
+    from ptqcore.calibration import Calibration as Calibration
+    from ptqcore.dataflow import Dataflow as Dataflow
+    from ptqcore.errors import ArtifactError as ArtifactError
+    from ptqcore.errors import DataError as DataError
+    from ptqcore.errors import ExportError as ExportError
+    from ptqcore.errors import ModelError as ModelError
+    from ptqcore.errors import PluginError as PluginError
+    from ptqcore.errors import PtqError as PtqError
+    from ptqcore.errors import RecipeError as RecipeError
+    from ptqcore.export.base import Exporter as Exporter
+    from ptqcore.files import write_tensors as write_tensors
+    from ptqcore.modules import QuantConv2d as QuantConv2d
+    from ptqcore.modules import QuantLinear as QuantLinear
+    from ptqcore.modules import QuantModule as QuantModule
+    from ptqcore.observers import Observer as Observer
+    from ptqcore.observers import ObserverOptions as ObserverOptions
+    from ptqcore.packed import QuantizedTensor as QuantizedTensor
+    from ptqcore.packed import pack_bits as pack_bits
+    from ptqcore.packed import unpack_bits as unpack_bits
+    from ptqcore.plugin import Plugin as Plugin
+    from ptqcore.progress import track as track
+    from ptqcore.quantizers import FakeQuant as FakeQuant
+    from ptqcore.recipe import QuantSection as QuantSection
+    from ptqcore.recipe import Recipe as Recipe
+    from ptqcore.recipe import TensorQuant as TensorQuant
+    from ptqcore.run import quantize as quantize
+    from ptqcore.spec import QuantSpec as QuantSpec
+    from ptqcore.statistics import Gram as Gram
+    from ptqcore.step import Context as Context
+    from ptqcore.step import Step as Step
+    from ptqcore.step import StepOptions as StepOptions
+    from ptqcore.task import Task as Task
+    from ptqcore.task import TaskOptions as TaskOptions
 
 _HOME = {
     "load": "artifact",
@@ -60,6 +72,10 @@ _HOME = {
     "quantize": "run",
     "QuantSpec": "spec",
     "Gram": "statistics",
+    "write_tensors": "files",
+    "Calibration": "calibration",
+    "Context": "step",
+    "Dataflow": "dataflow",
     "Step": "step",
     "StepOptions": "step",
     "Task": "task",

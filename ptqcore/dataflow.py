@@ -4,8 +4,10 @@ Module hooks note every call with the identity of the tensors that go in and com
 symbolic tracing this asks nothing of the model: any Python that runs can be recorded.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
@@ -20,11 +22,11 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: its path, and the tensors that went in and came out."""
+    """One call of a module: its path, and the numbers of the tensors that went in and came out."""
 
     path: str
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
 
 
 @dataclass
@@ -32,18 +34,23 @@ class Dataflow:
     """Calls of one forward pass, in the order in which they ended."""
 
     calls: list[Call] = field(default_factory=list)
+    _by_path: dict[str, list[Call]] = field(default_factory=lambda: defaultdict(list), repr=False)
+
+    def add(self, call: Call) -> None:
+        """Note a call that has just ended."""
+        self.calls.append(call)
+        self._by_path[call.path].append(call)
 
     def called(self, path: str) -> list[Call]:
         """All calls of the module at `path`."""
-        return [call for call in self.calls if call.path == path]
+        return self._by_path.get(path, [])
 
     def feeds(self, producer: str, consumer: str) -> bool:
-        """Whether the very tensor that `producer` returns is an input of `consumer` (both called once)."""
+        """Whether the very tensor that `producer` returns goes into `consumer` (both called once)."""
         first, second = self.called(producer), self.called(consumer)
         if len(first) != 1 or len(second) != 1:
             return False
-        made = {id(tensor) for tensor in first[0].outputs}
-        return any(id(tensor) in made for tensor in second[0].inputs)
+        return not set(first[0].outputs).isdisjoint(second[0].inputs)
 
     def shared_inputs(self, paths: list[str]) -> list[list[str]]:
         """Group modules that read the same first tensor, in order of their first call."""
@@ -51,7 +58,7 @@ class Dataflow:
         wanted = set(paths)
         for call in self.calls:
             if call.path in wanted and call.inputs:
-                group = groups.setdefault(id(call.inputs[0]), [])
+                group = groups.setdefault(call.inputs[0], [])
                 if call.path not in group:
                     group.append(call.path)
         return list(groups.values())
@@ -60,14 +67,22 @@ class Dataflow:
 def trace(model: nn.Module, run: Callable[[], object]) -> Dataflow:
     """Record the calls of all submodules of `model` while `run()` executes it once, without gradients.
 
-    The record keeps the tensors alive, so that identities stay unique; drop it after use.
+    Every tensor gets a number of its own as a Python attribute. It goes with the tensor object, so
+    that the record need not keep a tensor alive to know it again.
     """
     flow = Dataflow()
+    numbers = count()
+    mark = f"_ptqcore_number_{id(flow)}"
+
+    def number(tensor: Tensor) -> int:
+        if not hasattr(tensor, mark):
+            setattr(tensor, mark, next(numbers))
+        return getattr(tensor, mark)
 
     def note(path: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            inputs, outputs = tuple(tensors_in((args, kwargs))), tuple(tensors_in(output))
-            flow.calls.append(Call(path, inputs, outputs))
+            inputs = tuple(number(tensor) for tensor in tensors_in((args, kwargs)))
+            flow.add(Call(path, inputs, tuple(number(tensor) for tensor in tensors_in(output))))
 
         return hook
 

@@ -1,5 +1,8 @@
 """What can go wrong through no fault of the code: each error is one sentence for the user."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class PtqError(Exception):
     """Base of every error that the command line prints as one sentence with exit code 2."""
@@ -27,3 +30,12 @@ class ArtifactError(PtqError):
 
 class ExportError(PtqError):
     """A result cannot be expressed in the asked-for format, or did not read back as written."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or the list of what is known."""
+    names = sorted(known)
+    close = get_close_matches(name, names, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(names)}" if names else ""

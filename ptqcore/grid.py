@@ -39,7 +39,8 @@ def split_groups(x: Tensor, spec: QuantSpec) -> Tensor:
         return x
     size = spec.group_size or x.shape[-1]
     missing = -x.shape[-1] % size
-    return (F.pad(x, (0, missing)) if missing else x).unflatten(-1, (-1, size))
+    padded = F.pad(x, (0, missing)) if missing else x
+    return padded.reshape(*padded.shape[:-1], -1, size)
 
 
 def merge_groups(x: Tensor, spec: QuantSpec, n: int) -> Tensor:
@@ -130,13 +131,15 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Qu
     return merge_groups(_values(numbers, scale, zero_point, spec), spec, codes.shape[-1])
 
 
-def _inside(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
-    """Where grouped x lies in the range of the grid, that is, where rounding does not clip it."""
-    scaled = x / _spread(scale, spec)
+def inside(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """Where x lies in the range of the grid, that is, where rounding does not clip it (bool)."""
+    scaled = split_groups(x, spec) / _spread(scale, spec)
     if spec.is_float:
-        return scaled.abs() <= float_max(spec)
-    code = torch.round(scaled) + (spec.middle if zero_point is None else _spread(zero_point, spec))
-    return (code >= 0) & (code <= spec.levels)
+        kept = scaled.abs() <= float_max(spec)
+    else:
+        code = torch.round(scaled) + (spec.middle if zero_point is None else _spread(zero_point, spec))
+        kept = (code >= 0) & (code <= spec.levels)
+    return merge_groups(kept, spec, x.shape[-1])
 
 
 class _RoundStraightThrough(torch.autograd.Function):
@@ -144,17 +147,15 @@ class _RoundStraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, zero_point, spec):  # type: ignore[no-untyped-def]
-        groups = split_groups(x, spec)
         if ctx.needs_input_grad[0]:
-            inside = _inside(groups, scale, zero_point, spec)
-            ctx.save_for_backward(merge_groups(inside, spec, x.shape[-1]))
-        values = _values(_codes(groups, scale, zero_point, spec), scale, zero_point, spec)
-        return merge_groups(values, spec, x.shape[-1])
+            ctx.save_for_backward(inside(x, scale, zero_point, spec))
+        codes = _codes(split_groups(x, spec), scale, zero_point, spec)
+        return merge_groups(_values(codes, scale, zero_point, spec), spec, x.shape[-1])
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        (inside,) = ctx.saved_tensors
-        return gradient * inside, None, None, None
+        (kept,) = ctx.saved_tensors
+        return gradient * kept, None, None, None
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
@@ -163,4 +164,4 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Qua
     The gradient passes straight through inside the range of the grid and is zero where x was
     clipped (Bengio et al., arXiv 1308.3432); scale and zero point get none.
     """
-    return _RoundStraightThrough.apply(x, scale, zero_point, spec)  # type: ignore[no-any-return]
+    return _RoundStraightThrough.apply(x, scale, zero_point, spec)  # type: ignore[no-untyped-call]

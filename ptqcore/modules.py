@@ -26,6 +26,7 @@ class QuantModule(nn.Module, ABC):
     weight_codes: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
+    bias: nn.Parameter | None
 
     def __init__(self, layer: nn.Module, weight_spec: QuantSpec, input_spec: QuantSpec | None) -> None:
         """Take shape, dtype, bias and hyper-parameters from a float layer."""
@@ -92,7 +93,8 @@ class QuantModule(nn.Module, ABC):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantModule":
         self._dequantized = None
-        return super()._apply(fn, recurse)  # type: ignore[return-value]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._dequantized = None
@@ -124,9 +126,9 @@ class QuantConv2d(QuantModule):
         self._padding = layer._reversed_padding_repeated_twice
 
     def compute(self, x: Tensor) -> Tensor:
-        padding = self.padding
+        padding: Any = self.padding
         if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self._padding, mode=self.padding_mode), (0, 0)
+            x, padding = F.pad(x, self._padding, mode=self.padding_mode), 0
         return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 

@@ -76,10 +76,15 @@ class QuantizedTensor:
 
     @classmethod
     def from_range(cls, weight: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> "QuantizedTensor":
-        """Round `weight` to the nearest values of the grid that covers [low, high]."""
-        matrix = weight.detach().flatten(1)
-        scale, zero_point = grid.scale_and_zero_point(low, high, spec)
-        codes = grid.quantize(matrix, scale, zero_point, spec)
+        """Round `weight` to the nearest values of the grid that covers [low, high].
+
+        The scale is kept in the dtype of the weight; codes are found in float32 for that scale.
+        """
+        matrix = weight.detach().flatten(1).float()
+        scale, zero_point = grid.scale_and_zero_point(low.float(), high.float(), spec)
+        scale = scale.to(weight.dtype)
+        codes = grid.quantize(matrix, scale.float(), zero_point, spec)
+        zero_point = None if zero_point is None else zero_point.to(weight.dtype)
         return cls(codes, scale, zero_point, spec, tuple(weight.shape))
 
     def dequantize(self) -> Tensor:

@@ -30,12 +30,13 @@ class FakeQuant(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., channels] rounded to the grid; NaN where a static quantizer was given no range."""
+        values = x.float()
         if self.spec.dynamic:
-            low, high = grid.value_range(x, self.spec)
-            scale, zero_point = grid.scale_and_zero_point(low, high, self.spec)
-            return grid.fake_quantize(x, scale, zero_point, self.spec)
-        assert self.scale is not None
-        return grid.fake_quantize(x, self.scale, self.zero_point, self.spec)
+            scale, zero_point = grid.scale_and_zero_point(*grid.value_range(values, self.spec), self.spec)
+        else:
+            assert self.scale is not None
+            scale, zero_point = self.scale, self.zero_point
+        return grid.fake_quantize(values, scale, zero_point, self.spec).to(x.dtype)
 
     def extra_repr(self) -> str:
         return str(self.spec)

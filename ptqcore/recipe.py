@@ -1,14 +1,13 @@
 """The order form: recipes as validated YAML, with overrides from the command line."""
 
 from collections.abc import Iterable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ptqcore.errors import RecipeError
+from ptqcore.errors import RecipeError, nearest
 from ptqcore.spec import QuantSpec
 
 M = TypeVar("M", bound=BaseModel)
@@ -223,12 +222,3 @@ def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
         if current is None:
             return []
     return list(current.model_fields)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or the list of what is known."""
-    names = sorted(known)
-    close = get_close_matches(name, names, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; known: {', '.join(names)}" if names else ""

@@ -25,9 +25,16 @@ class Task(ABC):
     name: ClassVar[str]
     Options: ClassVar[type[TaskOptions]] = TaskOptions
 
-    def __init__(self, options: TaskOptions, seed: int = 0) -> None:
+    def __init__(self, options: TaskOptions, seed: int, workspace: Path) -> None:
+        """Args:
+        options: the recipe's `task` section, validated by `Options`.
+        seed: the run's seed.
+        workspace: a folder that outlives an interrupted run and goes with a finished one; keep
+            there what is slow to compute again.
+        """
         self.options = options
         self.seed = seed
+        self.workspace = workspace
 
     @abstractmethod
     def load_model(self) -> nn.Module:

@@ -1,6 +1,7 @@
 """What a run leaves behind for its metrics file and its report."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -67,3 +68,16 @@ class RunRecord:
     versions: dict[str, str] = field(default_factory=dict)
     seed: int = 0
     notes: list[str] = field(default_factory=list)
+
+    def metrics(self) -> dict[str, Any]:
+        """What `metrics.json` holds."""
+        return {
+            "plugin": self.plugin,
+            "recipe": self.recipe,
+            "before": self.before,
+            "after": self.after,
+            "size_bytes": self.size_bytes,
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "exports": {name: asdict(export) for name, export in self.exports.items()},
+        }

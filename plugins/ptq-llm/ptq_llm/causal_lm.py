@@ -1,0 +1,130 @@
+"""The task `causal-lm`: a language model, its calibration text, and how well it still predicts."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ptq_llm import models, text
+from ptq_llm.metrics import Judge
+from ptqcore import DataError, Task, TaskOptions, write_tensors
+
+SELF = "self"
+_WRITTEN_FOR_EVALUATION = 8
+
+
+class CausalLMOptions(TaskOptions):
+    """Keys of `task` for language models. Texts are UTF-8 files, or `self`: written by the model."""
+
+    model: str = Field(
+        default=models.EMBEDDED, description="folder in Hugging Face format, GGUF file, or smollm2-135m"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    text: str = Field(default=SELF, description="text to evaluate on")
+    window: int = Field(default=512, ge=2, description="tokens per evaluated window")
+    max_windows: int | None = Field(default=32, ge=1, description="windows evaluated at most; null for all")
+    calibration: str = Field(default=SELF, description="text to calibrate on")
+    calibration_samples: int = Field(default=8, ge=1, description="windows to calibrate on")
+    calibration_window: int = Field(default=512, ge=2, description="tokens per calibration window")
+
+
+class CausalLM(Task):
+    """Next-token prediction; `Judge` says what the metrics are."""
+
+    name = "causal-lm"
+    Options = CausalLMOptions
+    options: CausalLMOptions
+
+    def load_model(self) -> nn.Module:
+        """The model; texts are read and cut too, so that a wrong one is known before the work begins."""
+        loaded = models.load(self.options.model, getattr(torch, self.options.dtype))
+        self._model, self._tokenizer = loaded.model, loaded.tokenizer
+        self._check_windows()
+        self._written: Tensor | None = None
+        self._calibration, self._evaluation = self._calibration_windows(), self._evaluation_windows()
+        return self._model  # type: ignore[no-any-return]
+
+    def samples(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Calibration windows, one a sample: `{"input_ids": [1, calibration_window], "use_cache": False}`."""
+        if self._calibration is None:
+            written = self._write()[: self.options.calibration_samples]
+            self._calibration = written[:, : self.options.calibration_window]
+        return [{"input_ids": window[None], "use_cache": False} for window in self._calibration]
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """perplexity, kl_divergence and top1_agreement; see `Judge`."""
+        if not hasattr(self, "_judge"):
+            if self._evaluation is None:
+                self._evaluation = self._write()[self._count_for_calibration() :, : self.options.window]
+            self._judge = Judge(self._evaluation)
+            return self._judge.measure(model, "measuring full precision")
+        return self._judge.measure(model, "measuring the quantized model")
+
+    def excluded(self, model: nn.Module) -> dict[str, str]:
+        """The output head stays as it is: it decides the token, and shares the embedding in many models."""
+        head = self._model.get_output_embeddings()
+        return {
+            path: "output head"
+            for path, module in model.named_modules()
+            if head is not None and module is head
+        }
+
+    def save_assets(self, folder: Path) -> None:
+        """Configuration, generation configuration and tokenizer, as transformers reads them."""
+        config = self._model.config
+        config.architectures = [type(self._model).__name__]
+        config.save_pretrained(folder)
+        if self._model.generation_config is not None:
+            self._model.generation_config.save_pretrained(folder)
+        self._tokenizer.save_pretrained(folder)
+
+    @classmethod
+    def build(cls, folder: Path) -> nn.Module:
+        """The structure that `save_assets` described."""
+        return models.build(folder)  # type: ignore[no-any-return]
+
+    def _check_windows(self) -> None:
+        limit = getattr(self._model.config, "max_position_embeddings", None)
+        for key in ("window", "calibration_window"):
+            length = getattr(self.options, key)
+            if limit is not None and length > limit:
+                raise DataError(
+                    f"task.{key} is {length}, but the model has {limit} positions: set at most that"
+                )
+
+    def _calibration_windows(self) -> Tensor | None:
+        source = self.options.calibration
+        if source == SELF:
+            return None
+        tokens = text.read_tokens(source, "task.calibration", self._tokenizer)
+        label = f"task.calibration {source!r}"
+        return text.spread_windows(
+            tokens, self.options.calibration_window, self.options.calibration_samples, label
+        )
+
+    def _evaluation_windows(self) -> Tensor | None:
+        source = self.options.text
+        if source == SELF:
+            return None
+        tokens = text.read_tokens(source, "task.text", self._tokenizer)
+        return text.windows(tokens, self.options.window, self.options.max_windows, f"task.text {source!r}")
+
+    def _count_for_calibration(self) -> int:
+        return self.options.calibration_samples if self.options.calibration == SELF else 0
+
+    def _write(self) -> Tensor:
+        """Windows that the full-precision model writes, for calibration first; kept in the workspace."""
+        if self._written is None:
+            options = self.options
+            held_out = min(options.max_windows or _WRITTEN_FOR_EVALUATION, _WRITTEN_FOR_EVALUATION)
+            count = self._count_for_calibration() + (held_out if options.text == SELF else 0)
+            length = max(options.window, options.calibration_window)
+            file = self.workspace / f"written-{count}x{length}-seed{self.seed}.safetensors"
+            if not file.is_file():
+                special = list(self._tokenizer.all_special_ids)
+                write_tensors(file, {"tokens": text.write(self._model, special, count, length, self.seed)})
+            self._written = load_file(file)["tokens"]
+        return self._written

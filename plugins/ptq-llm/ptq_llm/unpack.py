@@ -1,0 +1,213 @@
+"""Reads compressed-tensors files with numpy alone, from the definition of the format.
+
+It shares no code with the export and none with torch: an error in the packing cannot cancel out.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptqcore import ExportError
+
+Array = NDArray[Any]
+
+# bfloat16 and FP8 have no numpy type: their bits are read, and `_decode` gives them their meaning.
+_STORED_AS = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "F8_E4M3": "u1",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U8": "u1",
+    "BOOL": "?",
+}
+
+
+class TensorFile:
+    """A safetensors file, mapped into memory: 8 bytes of header length, a JSON header, the data."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the header.
+
+        Raises:
+            ExportError: if the file is missing or not a safetensors file.
+        """
+        try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                self._entries: dict[str, Any] = json.loads(file.read(length))
+            self._entries.pop("__metadata__", None)
+            self._data = np.memmap(path, dtype=np.uint8, mode="r", offset=8 + length)
+        except (OSError, ValueError) as error:
+            raise ExportError(f"{path} cannot be read back as a safetensors file: {error}") from error
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self._entries)
+
+    def dtype(self, name: str) -> str:
+        """Type of a tensor as the header spells it, for example `BF16`."""
+        return str(self._entry(name)["dtype"])
+
+    def numbers(self, name: str, shape: tuple[int, ...]) -> Array:
+        """A tensor's numbers: floats as float32 (F64 as float64), integers as they are.
+
+        Raises:
+            ExportError: if it is missing or has another shape.
+        """
+        entry = self._entry(name)
+        if tuple(entry["shape"]) != shape:
+            raise ExportError(f"tensor {name} has shape {entry['shape']} in the file, not {list(shape)}")
+        start, end = entry["data_offsets"]
+        stored = self._data[start:end].view(_STORED_AS[entry["dtype"]]).reshape(shape)
+        return _decode(stored, entry["dtype"])
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        if name not in self._entries:
+            raise ExportError(f"tensor {name} is missing in the file")
+        entry: dict[str, Any] = self._entries[name]
+        if entry["dtype"] not in _STORED_AS:
+            raise ExportError(f"tensor {name} has type {entry['dtype']}, which cannot be read back")
+        return entry
+
+
+def _decode(stored: Array, dtype: str) -> Array:
+    if dtype == "BF16":
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    if dtype == "F8_E4M3":
+        return e4m3_values()[stored]
+    return stored.astype(np.float32) if dtype == "F16" else stored
+
+
+def e4m3_values() -> Array:
+    """The 256 values of FP8 e4m3, float32 [256]: 1 sign, 4 exponent (bias 7) and 3 mantissa bits.
+
+    Exponent 0 is subnormal; there are no infinities; all ones but the sign is NaN.
+    """
+    code = np.arange(256)
+    sign, exponent, mantissa = 1 - 2 * (code >> 7), (code >> 3) & 15, code & 7
+    subnormal = mantissa / 8 * 2.0**-6
+    normal = (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+    values = sign * np.where(exponent == 0, subnormal, normal)
+    values[(code & 127) == 127] = np.nan
+    return values.astype(np.float32)
+
+
+def unpack_codes(words: Array, bits: int, n: int) -> Array:
+    """Codes uint8 [rows, n] from int32 words [rows, ceil(n·bits/32)].
+
+    A row is one stream of bits, least significant first: code j is bits [j·bits, (j+1)·bits).
+    """
+    stream = np.ascontiguousarray(words, dtype="<i4").view(np.uint8)
+    single = np.unpackbits(stream, axis=1, count=n * bits, bitorder="little")
+    return np.packbits(single.reshape(len(words), n, bits), axis=2, bitorder="little")[..., 0]
+
+
+def round_to(values: Array, dtype: str) -> Array:
+    """Float32 values rounded to the nearest (ties to even) of a float type of the header."""
+    if dtype == "F16":
+        return values.astype(np.float16).astype(np.float32)
+    if dtype == "BF16":
+        raw = values.astype(np.float32).view(np.uint32)
+        return ((raw + 0x7FFF + ((raw >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+    return values
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How config.json says that a weight is stored."""
+
+    format: str
+    bits: int
+    symmetric: bool
+    strategy: str
+    group_size: int | None
+    static_input: bool
+    symmetric_input: bool
+
+    @classmethod
+    def find(cls, config: dict[str, Any], name: str) -> "Layout | None":
+        """The layout of the linear layer `name` under a `quantization_config`; None if left alone."""
+        if name in config["ignore"]:
+            return None
+        groups = list(config["config_groups"].values())
+        for target in (name, "Linear"):
+            for group in groups:
+                if target in group["targets"]:
+                    return cls._read(group, config["format"])
+        return None
+
+    @classmethod
+    def _read(cls, group: dict[str, Any], default_format: str) -> "Layout":
+        weights, inputs = group["weights"], group["input_activations"]
+        return cls(
+            format=group.get("format") or default_format,
+            bits=weights["num_bits"],
+            symmetric=weights["symmetric"],
+            strategy=weights["strategy"],
+            group_size=weights["group_size"],
+            static_input=inputs is not None and not inputs["dynamic"],
+            symmetric_input=inputs is None or inputs["symmetric"],
+        )
+
+    def groups(self, columns: int) -> int:
+        """Scales in a row of a weight of that many columns."""
+        return 1 if self.group_size is None else math.ceil(columns / self.group_size)
+
+    def tensors(self) -> set[str]:
+        """Names, after the layer's, of the tensors that hold its weight and its input's grid."""
+        packed = self.format == "pack-quantized"
+        names = {"weight_scale"} | ({"weight_packed", "weight_shape"} if packed else {"weight"})
+        if not self.symmetric:
+            names.add("weight_zero_point")
+        if self.static_input:
+            names |= {"input_scale"} if self.symmetric_input else {"input_scale", "input_zero_point"}
+        return names
+
+
+def read_weight(file: TensorFile, name: str, layout: Layout, shape: tuple[int, int]) -> Array:
+    """Dequantized weight [out, in] of the layer `name`: (number − zero point) · scale.
+
+    The product is rounded to the type of the scale, as every reader of the format does.
+
+    Raises:
+        ExportError: if a tensor is missing or has another shape.
+    """
+    out, columns = shape
+    groups = layout.groups(columns)
+    scale_name = f"{name}.weight_scale"
+    scale = file.numbers(scale_name, (1,) if layout.strategy == "tensor" else (out, groups))
+    numbers = _weight_numbers(file, name, layout, shape).reshape(out, groups, -1)
+    if not layout.symmetric:
+        numbers = numbers - _zero_points(file, name, layout, (out, groups))[..., None]
+    values = numbers * scale.reshape(-1, groups)[..., None]
+    return round_to(values.reshape(shape), file.dtype(scale_name))
+
+
+def _weight_numbers(file: TensorFile, name: str, layout: Layout, shape: tuple[int, int]) -> Array:
+    """Float32 [out, in] before the zero point and the scale."""
+    if layout.format != "pack-quantized":
+        return file.numbers(f"{name}.weight", shape).astype(np.float32)
+    out, columns = shape
+    stated = tuple(int(size) for size in file.numbers(f"{name}.weight_shape", (2,)))
+    if stated != shape:
+        raise ExportError(f"tensor {name}.weight_shape says {list(stated)}, not {list(shape)}")
+    words = file.numbers(f"{name}.weight_packed", (out, math.ceil(columns * layout.bits / 32)))
+    return unpack_codes(words, layout.bits, columns).astype(np.float32) - 2 ** (layout.bits - 1)
+
+
+def _zero_points(file: TensorFile, name: str, layout: Layout, shape: tuple[int, int]) -> Array:
+    """Float32 [out, groups]; packed along the rows, so that a column is one stream of bits."""
+    out, groups = shape
+    words = file.numbers(f"{name}.weight_zero_point", (math.ceil(out * layout.bits / 32), groups))
+    return unpack_codes(words.T, layout.bits, out).T.astype(np.float32) - 2 ** (layout.bits - 1)

@@ -1,0 +1,199 @@
+"""What is kept: a folder that restores the quantized model bit for bit.
+
+manifest.json       format version, plugin and task, quantized layers, tied tensors, checksum
+model.safetensors   packed integers and scales, and everything that stayed in full precision
+assets/             what the task needs to build the model's structure
+recipe.yaml, metrics.json, report.html
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ptqcore import files
+from ptqcore.errors import ArtifactError
+from ptqcore.modules import QuantModule, quantized_class
+from ptqcore.plugin import discover
+from ptqcore.spec import QuantSpec
+
+FORMAT = 1
+MODEL_FILE = "model.safetensors"
+MANIFEST_FILE = "manifest.json"
+ASSETS_FOLDER = "assets"
+
+
+class LayerEntry(BaseModel):
+    """A quantized layer: the grid of its weight, and of its input if that is quantized."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    weight: QuantSpec
+    input: QuantSpec | None
+
+
+class Manifest(BaseModel):
+    """What `manifest.json` holds. `tied` maps a tensor's name to the stored one it is the same as."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int = FORMAT
+    core: str
+    plugin: str
+    task: str
+    layers: dict[str, LayerEntry]
+    tied: dict[str, str]
+    sha256: str
+
+
+def describe_layers(module: nn.Module, prefix: str = "") -> dict[str, LayerEntry]:
+    """The quantized layers inside a module, by path."""
+    return {
+        path: LayerEntry(
+            weight=layer.weight_spec,
+            input=None if layer.input_quantizer is None else layer.input_quantizer.spec,
+        )
+        for path, layer in module.named_modules(prefix=prefix)
+        if isinstance(layer, QuantModule)
+    }
+
+
+def build_layers(model: nn.Module, layers: dict[str, LayerEntry]) -> None:
+    """Replace float layers by empty quantized ones, as described.
+
+    Raises:
+        ArtifactError: if the model has no such layer.
+    """
+    for path, entry in layers.items():
+        try:
+            layer = model.get_submodule(path)
+        except AttributeError:
+            raise ArtifactError(f"the model has no layer {path!r} that the artifact quantizes") from None
+        kind = quantized_class(layer)
+        if kind is None:
+            raise ArtifactError(f"layer {path!r} is a {type(layer).__name__}, which has no quantized kind")
+        model.set_submodule(path, kind(layer, entry.weight, entry.input).train(layer.training))
+
+
+def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state of a model with every shared tensor once, and the other names of the shared ones."""
+    kept: dict[str, Tensor] = {}
+    first: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and key in first:
+            tied[name] = first[key]
+        else:
+            first[key] = name
+            kept[name] = tensor
+    return kept, tied
+
+
+def load_tensors(module: nn.Module, tensors: dict[str, Tensor], tied: dict[str, str]) -> None:
+    """Put stored tensors, shared ones under all their names, into a module of the same structure.
+
+    Raises:
+        KeyError: if a tied tensor is not stored.
+        RuntimeError: if names or shapes differ.
+    """
+    state = tensors | {name: tensors[stored] for name, stored in tied.items()}
+    module.load_state_dict(state, strict=True, assign=True)
+
+
+def save(model: nn.Module, folder: Path, plugin: str, task: str, core: str) -> None:
+    """Write `model.safetensors` and `manifest.json` into a folder.
+
+    Raises:
+        ArtifactError: if the folder cannot be written.
+    """
+    tensors, tied = unique_tensors(model)
+    files.write_tensors(folder / MODEL_FILE, tensors)
+    manifest = Manifest(
+        core=core,
+        plugin=plugin,
+        task=task,
+        layers=describe_layers(model),
+        tied=tied,
+        sha256=files.digest(folder / MODEL_FILE),
+    )
+    files.write_text(folder / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an artifact, its model file checked against the checksum.
+
+    Raises:
+        ArtifactError: if the folder is not a whole artifact.
+    """
+    try:
+        data: Any = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"{folder} is not an artifact: {MANIFEST_FILE} cannot be read ({error})"
+        ) from None
+    found = data.get("format") if isinstance(data, dict) else None
+    if found != FORMAT:
+        raise ArtifactError(
+            f"{folder} has artifact format {found!r}; this version of ptqcore reads {FORMAT}"
+        )
+    try:
+        manifest = Manifest.model_validate(data)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        raise ArtifactError(f"{folder}/{MANIFEST_FILE}: key {key!r}: {problem['msg']}") from None
+    try:
+        actual = files.digest(folder / MODEL_FILE)
+    except OSError as error:
+        raise ArtifactError(f"{folder} is not a whole artifact: {error}") from None
+    if actual != manifest.sha256:
+        raise ArtifactError(f"{folder}/{MODEL_FILE} does not have the checksum that {MANIFEST_FILE} states")
+    return manifest
+
+
+def restore(folder: Path, build: Callable[[Manifest], nn.Module]) -> nn.Module:
+    """Build the structure, put in the quantized layers, and load every tensor.
+
+    Raises:
+        ArtifactError: if the artifact is not whole or does not fit the structure.
+    """
+    manifest = read_manifest(folder)
+    model = build(manifest)
+    build_layers(model, manifest.layers)
+    try:
+        state = load_file(folder / MODEL_FILE)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{folder}/{MODEL_FILE} cannot be read: {error}") from None
+    try:
+        load_tensors(model, state, manifest.tied)
+    except (KeyError, RuntimeError) as error:
+        raise ArtifactError(f"{folder} does not fit its model: {' '.join(str(error).split())}") from None
+    return model.eval().requires_grad_(False)
+
+
+def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """The quantized model of an artifact, in evaluation mode, on the CPU.
+
+    Args:
+        folder: the artifact.
+        model: the float model whose structure to use (it is changed in place); by default the
+            plugin that made the artifact builds it.
+
+    Raises:
+        ArtifactError: if the artifact is not whole, or does not fit the model.
+        PluginError: if the plugin that made it is not installed.
+    """
+    folder = Path(folder)
+
+    def build(manifest: Manifest) -> nn.Module:
+        if model is not None:
+            return model
+        return discover().task(manifest.task, manifest.plugin).build(folder / ASSETS_FOLDER)
+
+    return restore(folder, build)

@@ -1,0 +1,119 @@
+"""What the run did to every layer and block, in figures, and whether it did all that was asked."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ptqcore import grid
+from ptqcore.blocks import Block
+from ptqcore.calibration import Calibration
+from ptqcore.errors import ModelError
+from ptqcore.modules import QuantModule, quantizable_layers
+from ptqcore.report.record import LayerRecord
+from ptqcore.step import Context
+
+
+def relative_error(results: list[list[Tensor]], targets: list[list[Tensor]], path: str) -> float:
+    """‖Q − F‖² / ‖F‖² over the first output tensor of every sample (0 if both are 0).
+
+    Raises:
+        ModelError: naming the block, if its quantized outputs are not finite.
+    """
+    error = energy = 0.0
+    for result, target in zip(results, targets, strict=True):
+        error += float((result[0].double() - target[0].double()).square().sum())
+        energy += float(target[0].double().square().sum())
+    if not math.isfinite(error):
+        raise ModelError(f"block {path!r} gives NaN or infinite outputs once quantized")
+    return error / energy if energy else error
+
+
+def layer_records(
+    block: Block, originals: dict[str, nn.Module], calibration: Calibration
+) -> list[LayerRecord]:
+    """Figures of every quantized layer of a block, against the float layers it had before."""
+    return [
+        _layer_record(block, path, originals[path], layer, calibration)
+        for path, layer in block.quantized_layers().items()
+        if path in originals
+    ]
+
+
+def _layer_record(
+    block: Block, path: str, original: nn.Module, layer: QuantModule, calibration: Calibration
+) -> LayerRecord:
+    weight = original.get_parameter("weight").detach().flatten(1)
+    record = layer.quantized_weight
+    inside = grid.inside(weight, record.scale, record.zero_point, record.spec)
+    gram = calibration.gram(path)
+    quantizer = layer.input_quantizer
+    return LayerRecord(
+        path=path,
+        block=block.path,
+        shape=layer.weight_shape,
+        weights=str(layer.weight_spec),
+        activations=None if quantizer is None else str(quantizer.spec),
+        relative_error=None if gram is None else gram.relative_error(weight, layer.weight.flatten(1)),
+        clipped=1 - float(inside.float().mean()),
+        weight_range=(float(weight.min()), float(weight.max())),
+        input_range=None if gram is None else (float(gram.low.min()), float(gram.high.max())),
+    )
+
+
+def check_targets(blocks: Iterable[Block], context: Context) -> None:
+    """Make sure that the recipe has something to quantize and ignores only what exists.
+
+    Raises:
+        ModelError: if no layer is left to quantize.
+    """
+    blocks = list(blocks)
+    if not any(context.targets(block) for block in blocks):
+        kinds = sorted({type(m).__name__ for m in blocks[0].model.modules() if not list(m.children())})
+        raise ModelError(
+            "the model has no layer to quantize: linear layers and 2-D convolutions are, "
+            f"unless quant.ignore names them; found {', '.join(kinds)}"
+        )
+
+
+def check_done(blocks: Iterable[Block], context: Context) -> None:
+    """Make sure that no layer was silently skipped.
+
+    Raises:
+        ModelError: naming the layers that the steps left in full precision.
+    """
+    left = [path for block in blocks for path in context.targets(block)]
+    if left:
+        shown = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        raise ModelError(
+            f"the steps left {shown} in full precision: add a step that quantizes (round), "
+            "or name them in quant.ignore"
+        )
+
+
+def left_alone(model: nn.Module, context: Context) -> dict[str, str]:
+    """Layers with a weight matrix that stayed in full precision, and why."""
+    outside = quantizable_layers(model)
+    reasons = {}
+    for path, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, QuantModule) or not isinstance(weight, nn.Parameter) or weight.ndim < 2:
+            continue
+        kind = type(module).__name__
+        default = "outside the blocks" if path in outside else f"{kind} has no quantized kind"
+        reasons[path] = context.reason_to_skip(path) or default
+    return reasons
+
+
+def check_finite(model: nn.Module) -> None:
+    """Make sure that the weights can be quantized.
+
+    Raises:
+        ModelError: naming the first tensor that holds NaN or infinite values.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ModelError(
+                f"tensor {name!r} of the model holds NaN or infinite values: repair the checkpoint"
+            )

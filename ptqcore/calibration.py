@@ -1,0 +1,85 @@
+"""What the calibration samples say about one block: collected in one pass, shared by all steps."""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from ptqcore.blocks import Block, BlockIO
+from ptqcore.dataflow import tensors_in
+from ptqcore.observers import Observer
+from ptqcore.statistics import Gram
+
+
+class Calibration:
+    """Inputs, full-precision outputs and layer statistics of one block.
+
+    Everything is computed at the first use, in one pass of the full-precision block over its inputs
+    from the quantized prefix: ask before the block is changed. Layers that read the same tensor
+    share one Gram.
+    """
+
+    def __init__(self, block: Block, io: BlockIO, new_observer: Callable[[], Observer] | None) -> None:
+        """Args:
+        block: the block, still in full precision.
+        io: its inputs.
+        new_observer: makes the observer of a static input quantizer; None if inputs are not
+            quantized or dynamically so.
+        """
+        self.block = block
+        self.io = io
+        self._new_observer = new_observer
+        self._grams: dict[str, Gram] = {}
+        self._observers: dict[str, Observer] = {}
+
+    @cached_property
+    def targets(self) -> list[list[Tensor]]:
+        """The tensors of the full-precision block's output, for every sample."""
+        layers = self.block.layers()
+        latest: dict[str, Any] = {}
+        handles = [
+            layer.register_forward_pre_hook(self._watch(path, latest)) for path, layer in layers.items()
+        ]
+        try:
+            outputs = []
+            for output in self.io.run():
+                outputs.append(tensors_in(output))
+                latest.clear()
+            return outputs
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def gram(self, path: str) -> Gram | None:
+        """The Gram of the inputs of a linear layer; None for other layers, or if it was never called."""
+        _ = self.targets
+        return self._grams.get(path)
+
+    def observer(self, path: str) -> Observer | None:
+        """The observer of a layer's inputs, where static ranges are wanted and the layer was called."""
+        _ = self.targets
+        return self._observers.get(path)
+
+    def _watch(self, path: str, latest: dict[str, Any]) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            if self._new_observer is not None:
+                observer = self._observers.get(path) or self._new_observer()
+                observer.update(x)
+                self._observers[path] = observer
+            if isinstance(layer, nn.Linear):
+                self._update_gram(path, x, latest)
+
+        return hook
+
+    def _update_gram(self, path: str, x: Tensor, latest: dict[str, Any]) -> None:
+        """Add x to the layer's Gram, once for all layers that were handed the very same tensor."""
+        if latest.get("tensor") is x and path not in self._grams:
+            self._grams[path] = latest["gram"]
+        gram = self._grams.get(path)
+        if gram is None:
+            gram = self._grams[path] = Gram(x.shape[-1], x.device)
+        if latest.get("tensor") is not x or latest["gram"] is not gram:
+            gram.update(x)
+        latest.update(tensor=x, gram=gram)

@@ -1,0 +1,112 @@
+"""The face: the `ptq` command. Every command imports what it needs when it runs."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ptqcore.errors import PtqError
+
+app = typer.Typer(
+    help="Post-training quantization by task.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+recipe_app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True)
+app.add_typer(recipe_app, name="recipe")
+
+PluginName = Annotated[
+    str, typer.Option("--plugin", help="Name of an installed plugin; see `ptq plugins`.")
+]
+RecipeName = Annotated[
+    str | None, typer.Option("--recipe", help="One of the plugin's recipes, or a YAML file.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe key, e.g. quant.weights.bits=3."),
+]
+
+
+@app.command()
+def quantize(
+    plugin: PluginName,
+    recipe: RecipeName = None,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Output folder [default: runs/PLUGIN-RECIPE].")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+) -> None:
+    """Quantize a task's model: measure, save, export, load back and report."""
+    from ptqcore.plugin import discover
+    from ptqcore.recipe import read_recipe
+    from ptqcore.summary import summarize
+
+    registry = discover()
+    chosen = read_recipe(registry.recipe_file(recipe, plugin), overrides or ())
+    from ptqcore.run import quantize as run  # brings in torch: only once the recipe stands
+
+    folder = output or Path("runs") / f"{plugin}-{chosen.name}"
+    record = run(chosen, plugin, folder, resume, registry)
+    typer.echo(summarize(record, folder))
+
+
+@app.command()
+def plugins() -> None:
+    """List the installed plugins, what each brings, and those that could not be loaded."""
+    from ptqcore.plugin import discover
+    from ptqcore.summary import describe_plugins
+
+    typer.echo(describe_plugins(discover()))
+
+
+@recipe_app.command("list")
+def list_recipes(plugin: PluginName) -> None:
+    """List a plugin's recipes with their descriptions."""
+    from ptqcore.plugin import discover
+    from ptqcore.recipe import read_recipe
+
+    owner = discover().plugin(plugin)
+    for name, file in owner.recipe_files.items():
+        default = " (default)" if name == owner.default_recipe else ""
+        typer.echo(f"{name}{default}: {read_recipe(file).description}")
+
+
+@recipe_app.command("show")
+def show_recipe(
+    name: Annotated[str, typer.Argument(help="One of the plugin's recipes, or a YAML file.")],
+    plugin: PluginName = "llm",
+    overrides: Overrides = None,
+) -> None:
+    """Print a recipe as it would run: overrides applied, every default written out, every name checked."""
+    from ptqcore.plan import make_plan
+    from ptqcore.plugin import discover
+    from ptqcore.recipe import read_recipe
+
+    registry = discover()
+    recipe = read_recipe(registry.recipe_file(name, plugin), overrides or ())
+    typer.echo(make_plan(recipe, plugin, registry).resolved.to_yaml(), nl=False)
+
+
+@recipe_app.command("schema")
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    import json
+
+    from ptqcore.recipe import Recipe
+
+    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+def main() -> None:
+    """Run the command line; what the user can mend is one sentence and exit code 2."""
+    try:
+        app()
+    except PtqError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command with --resume to go on", file=sys.stderr)
+        sys.exit(130)

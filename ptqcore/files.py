@@ -1,0 +1,142 @@
+"""Files written whole or not at all."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ptqcore.errors import ArtifactError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system says when `path` cannot be written into one `ArtifactError` sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"cannot write {path}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    code = error.errno if isinstance(error, OSError) else None
+    full = code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    if full:
+        return "the disk is full; free some space or choose another --output, then run again with --resume"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}; choose another --output"
+    return str(error)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically: a temporary file, flushed to disk, renamed."""
+    with writing(path), _replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=True) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file atomically; the same tensors give the same bytes."""
+    with writing(path), _replacing(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder(path: Path, empty: bool = False) -> Path:
+    """The folder `path`, made if it is missing; with `empty`, what was in it is removed.
+
+    Raises:
+        ArtifactError: if that fails.
+    """
+    with writing(path):
+        if empty:
+            shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def remove(path: Path) -> None:
+    """Remove a folder and everything in it, if it is there."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder if it is missing, and try to write into it.
+
+    Raises:
+        ArtifactError: if that fails.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_text("x")
+        probe.unlink()
+
+
+def move_into(source: Path, target: Path) -> None:
+    """Move every entry of `source` into `target`, replacing what has the same name."""
+    with writing(target):
+        for entry in sorted(source.iterdir()):
+            destination = target / entry.name
+            if destination.is_dir() and not destination.is_symlink():
+                shutil.rmtree(destination)
+            os.replace(entry, destination)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; the system frees it when the process ends, however it ends.
+
+    Raises:
+        ArtifactError: if another run holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock
+        yield
+        return
+    path = folder / ".lock"
+    with writing(path):
+        file = open(path, "w")  # noqa: SIM115 - held open, and closed below
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ArtifactError(
+                f"another run is writing to {folder}: wait for it or choose another --output"
+            ) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

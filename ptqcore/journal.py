@@ -1,0 +1,108 @@
+"""Nothing lost: the state of every finished block on disk, so that a killed run can go on."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from ptqcore import files
+from ptqcore.artifact import LayerEntry, build_layers, describe_layers, load_tensors, unique_tensors
+from ptqcore.blocks import Block
+from ptqcore.errors import ArtifactError
+from ptqcore.report.record import BlockRecord, LayerRecord
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """What a finished block adds to the record of the run."""
+
+    block: BlockRecord
+    layers: list[LayerRecord]
+
+
+class Journal:
+    """Finished blocks of one run, under a fingerprint of everything that decides the result."""
+
+    def __init__(self, folder: Path, fingerprint: dict[str, str], resume: bool) -> None:
+        """Open the journal; without `resume`, or if there is none, start an empty one.
+
+        Args:
+            folder: where it lies.
+            fingerprint: name → digest of recipe, model, samples and versions.
+            resume: whether to go on where an earlier run stopped.
+
+        Raises:
+            ArtifactError: if the earlier run was another one; the message names what differs.
+        """
+        self._folder = folder
+        header = folder / "journal.json"
+        if resume and header.is_file():
+            self._require_same(header, fingerprint)
+        else:
+            for file in folder.glob("block-*"):
+                file.unlink()
+            files.write_json(header, fingerprint)
+
+    def _require_same(self, header: Path, fingerprint: dict[str, str]) -> None:
+        try:
+            earlier = json.loads(header.read_text(encoding="utf-8"))
+        except ValueError:
+            earlier = None
+        if not isinstance(earlier, dict):
+            raise ArtifactError(f"the journal in {self._folder} is damaged: run again without --resume")
+        names = sorted(fingerprint.keys() | earlier.keys())
+        changed = [name for name in names if earlier.get(name) != fingerprint.get(name)]
+        if changed:
+            raise ArtifactError(
+                f"--resume: the run interrupted in {self._folder.parent} had another "
+                f"{', another '.join(changed)}; restore that, or run again without --resume"
+            )
+
+    def save(self, index: int, block: Block, result: BlockResult) -> None:
+        """Write a finished block; the description comes last and makes it valid."""
+        tensors, tied = unique_tensors(block.module)
+        files.write_tensors(self._tensors(index), tensors)
+        entry = {
+            "path": block.path,
+            "sha256": files.digest(self._tensors(index)),
+            "tied": tied,
+            "quantized": {
+                path: layer.model_dump()
+                for path, layer in describe_layers(block.module, block.path).items()
+            },
+            "result": asdict(result),
+        }
+        files.write_json(self._entry(index), entry)
+
+    def restore(self, index: int, block: Block) -> BlockResult | None:
+        """Put a finished block back into the model; None if it was not finished, or is damaged."""
+        try:
+            entry: dict[str, Any] = json.loads(self._entry(index).read_text(encoding="utf-8"))
+            if entry["path"] != block.path or files.digest(self._tensors(index)) != entry["sha256"]:
+                return None
+            tensors = load_file(self._tensors(index))
+        except (OSError, ValueError, KeyError, SafetensorError):
+            return None
+        layers = {path: LayerEntry.model_validate(layer) for path, layer in entry["quantized"].items()}
+        build_layers(block.model, layers)
+        load_tensors(block.module, tensors, entry["tied"])
+        block.module.requires_grad_(False)
+        result = entry["result"]
+        return BlockResult(
+            BlockRecord(**result["block"]), [_layer_record(layer) for layer in result["layers"]]
+        )
+
+    def _tensors(self, index: int) -> Path:
+        return self._folder / f"block-{index:04d}.safetensors"
+
+    def _entry(self, index: int) -> Path:
+        return self._folder / f"block-{index:04d}.json"
+
+
+def _layer_record(data: dict[str, Any]) -> LayerRecord:
+    """JSON has lists where the record has tuples."""
+    record: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    return LayerRecord(**record)

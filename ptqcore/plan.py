@@ -1,0 +1,103 @@
+"""From a recipe to objects: everything named is found and validated before anything is computed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import BaseModel
+
+from ptqcore.errors import PluginError, RecipeError
+from ptqcore.export.base import Exporter
+from ptqcore.observers import Observer
+from ptqcore.plugin import Registry
+from ptqcore.recipe import Entry, Recipe, TensorQuant, validate
+from ptqcore.step import Context, Step, StepOptions
+from ptqcore.task import Task, TaskOptions
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe with all its names resolved and all its options validated."""
+
+    recipe: Recipe
+    plugin: str
+    task_class: type[Task]
+    task_options: TaskOptions
+    step_classes: list[tuple[type[Step], StepOptions]]
+    exporters: list[Exporter]
+    registry: Registry
+
+    @property
+    def resolved(self) -> Recipe:
+        """The recipe with every option of its task and steps written out."""
+        task = {"kind": self.recipe.task.kind, **self.task_options.model_dump(mode="json")}
+        steps = [
+            {"name": entry.name, "options": options.model_dump(mode="json")}
+            for entry, (_, options) in zip(self.recipe.steps, self.step_classes, strict=True)
+        ]
+        return Recipe.model_validate(self.recipe.model_dump() | {"task": task, "steps": steps})
+
+    def task(self, workspace: Path) -> Task:
+        """The task of this run."""
+        return self.task_class(self.task_options, self.recipe.seed, workspace)
+
+    def steps(self, context: Context) -> list[Step]:
+        """The steps of this run, in order."""
+        return [kind(options, context) for kind, options in self.step_classes]
+
+    def observer(self, quant: TensorQuant) -> Observer:
+        """A new observer as a `TensorQuant` names it."""
+        return make_observer(self.registry, self.plugin, quant)
+
+
+def make_plan(recipe: Recipe, plugin: str, registry: Registry) -> Plan:
+    """Resolve a recipe for a plugin.
+
+    Raises:
+        RecipeError: if a name is unknown or an option is wrong.
+        PluginError: if the plugin, or one that the recipe needs, is missing or broken.
+        ExportError: if a format cannot express the recipe.
+    """
+    registry.plugin(plugin)
+    task_class = _find(registry, "tasks", recipe.task.kind, plugin, Task)
+    task_options = _options(task_class, recipe.task.options, "task")
+    steps = []
+    for index, entry in enumerate(recipe.steps):
+        step_class = _find(registry, "steps", entry.name, plugin, Step)
+        steps.append((step_class, _options(step_class, entry.options, f"steps.{index}.{entry.name}")))
+    for quant in (recipe.quant.weights, recipe.quant.activations):
+        if quant is not None:
+            make_observer(registry, plugin, quant)
+    exporters = [_exporter(registry, plugin, entry, recipe) for entry in recipe.export]
+    return Plan(recipe, plugin, task_class, task_options, steps, exporters, registry)
+
+
+def make_observer(registry: Registry, plugin: str, quant: TensorQuant) -> Observer:
+    """A new observer as a `TensorQuant` names it.
+
+    Raises:
+        RecipeError: if the name is unknown or an option is wrong.
+    """
+    entry = Entry.model_validate(quant.observer)
+    observer_class = _find(registry, "observers", entry.name, plugin, Observer)
+    options = _options(observer_class, entry.options, f"observer.{entry.name}")
+    return observer_class(quant.spec, **options.model_dump())
+
+
+def _exporter(registry: Registry, plugin: str, entry: Entry, recipe: Recipe) -> Exporter:
+    exporter: Exporter = _find(registry, "exporters", entry.name, plugin, Exporter)()
+    if entry.options:
+        raise RecipeError(f"recipe key 'export.{entry.name}' takes no options, but has {entry.options}")
+    exporter.check(recipe.quant)
+    return exporter
+
+
+def _find(registry: Registry, kind: str, name: str, plugin: str, base: type) -> Any:
+    found = registry.find(kind, name, plugin)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise PluginError(f"{kind[:-1]} {name!r} is {found!r}, not a subclass of ptqcore.{base.__name__}")
+    return found
+
+
+def _options(owner: Any, options: dict[str, Any], place: str) -> Any:
+    return validate(cast(type[BaseModel], owner.Options), options, place)

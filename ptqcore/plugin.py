@@ -1,0 +1,213 @@
+"""The door: what a plugin brings, and how plugins are found."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ptqcore.errors import PluginError, RecipeError, nearest
+
+GROUP = "ptqcore.plugins"
+CORE = "core"
+KINDS = ("tasks", "steps", "observers", "exporters")
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """What a distribution brings to ptqcore. Point an entry point of the group `ptqcore.plugins` at one.
+
+    Classes are named by import path (`package.module:Class`), so that listing a plugin imports none
+    of them. `recipes` is a folder of YAML files inside a package (`package/folder`);
+    `default_recipe` is the one that runs when no recipe is named.
+    """
+
+    name: str
+    tasks: Mapping[str, str] = field(default_factory=dict)
+    steps: Mapping[str, str] = field(default_factory=dict)
+    observers: Mapping[str, str] = field(default_factory=dict)
+    exporters: Mapping[str, str] = field(default_factory=dict)
+    recipes: str | None = None
+    default_recipe: str | None = None
+
+    @cached_property
+    def recipe_files(self) -> dict[str, Path]:
+        """Recipe name → file.
+
+        Raises:
+            PluginError: if the declared folder does not exist.
+        """
+        if self.recipes is None:
+            return {}
+        package, _, folder = self.recipes.partition("/")
+        path = Path(str(files(package))) / folder
+        if not path.is_dir():
+            raise PluginError(
+                f"plugin {self.name!r} declares recipes in {self.recipes!r}, which is no folder"
+            )
+        return {file.stem: file for file in sorted(path.glob("*.yaml"))}
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A plugin as found: either `plugin` is there, or `reason` says why it could not be loaded."""
+
+    name: str
+    distribution: str
+    version: str
+    plugin: Plugin | None = None
+    reason: str = ""
+
+
+BUILT_IN = Plugin(
+    name=CORE,
+    steps={"round": "ptqcore.rounding:Round"},
+    observers={
+        "minmax": "ptqcore.observers:MinMax",
+        "moving-average": "ptqcore.observers:MovingAverage",
+        "percentile": "ptqcore.observers:Percentile",
+        "mse": "ptqcore.observers:MSE",
+    },
+)
+
+
+class Registry:
+    """The installed plugins, and everything that they bring, by name.
+
+    A name is looked up in the asking plugin first, then in the core, then in all others; a name
+    that several others bring is written `plugin:name`.
+    """
+
+    def __init__(self, installed: list[Installed]) -> None:
+        self.installed = installed
+        self._plugins = {CORE: BUILT_IN} | {
+            entry.name: entry.plugin for entry in installed if entry.plugin is not None
+        }
+
+    def versions(self) -> dict[str, str]:
+        """Name → version of the plugins that could be loaded."""
+        return {entry.name: entry.version for entry in self.installed if entry.plugin is not None}
+
+    def plugin(self, name: str) -> Plugin:
+        """The plugin of that name.
+
+        Raises:
+            PluginError: if it is not installed, or could not be loaded.
+        """
+        for entry in self.installed:
+            if entry.name == name and entry.plugin is not None:
+                return entry.plugin
+        for entry in self.installed:
+            if entry.name == name:
+                raise PluginError(
+                    f"plugin {name!r} ({entry.distribution} {entry.version}) could not be loaded: "
+                    f"{entry.reason}"
+                )
+        known = [entry.name for entry in self.installed if entry.plugin]
+        hint = nearest(name, known) if known else "; no plugin is installed"
+        raise PluginError(f"plugin {name!r} is not installed{hint}; to add it: pip install ptq-{name}")
+
+    def find(self, kind: str, name: str, asking: str) -> Any:
+        """The class behind a name.
+
+        Args:
+            kind: `tasks`, `steps`, `observers` or `exporters`.
+            name: `name` or `plugin:name`.
+            asking: the plugin whose own names come first.
+
+        Raises:
+            RecipeError: if no plugin, or more than one, brings the name.
+            PluginError: if the class cannot be imported.
+        """
+        owner, _, bare = name.rpartition(":")
+        owners = [owner] if owner else self._owners(kind, bare, asking)
+        if owner:
+            self.plugin(owner) if owner != CORE else None
+        if len(owners) > 1:
+            choices = " or ".join(f"{plugin}:{bare}" for plugin in owners)
+            raise RecipeError(f"{kind[:-1]} {bare!r} is brought by several plugins: write {choices}")
+        table: Mapping[str, str] = getattr(self._plugins[owners[0]], kind) if owners else {}
+        if bare not in table:
+            known = {n for plugin in self._plugins.values() for n in getattr(plugin, kind)}
+            raise RecipeError(f"{kind[:-1]} {name!r} is unknown{nearest(bare, known)}")
+        return resolve(table[bare], owners[0])
+
+    def _owners(self, kind: str, name: str, asking: str) -> list[str]:
+        owners = [plugin for plugin, entry in self._plugins.items() if name in getattr(entry, kind)]
+        for first in (asking, CORE):
+            if first in owners:
+                return [first]
+        return owners
+
+    @property
+    def task(self) -> Callable[[str, str], Any]:
+        """`task(name, asking)`: the task class of that name."""
+        return partial(self.find, "tasks")
+
+    def recipe_file(self, name: str | None, plugin: str) -> Path:
+        """The file of a recipe: a path ending in .yaml or .yml, or the name of one of the plugin's.
+
+        Raises:
+            RecipeError: if there is none of that name.
+        """
+        owner = self.plugin(plugin)
+        if name is not None and Path(name).suffix in (".yaml", ".yml"):
+            return Path(name)
+        wanted = name or owner.default_recipe
+        if wanted is None:
+            raise RecipeError(f"plugin {plugin!r} has no default recipe: name one with --recipe")
+        if wanted not in owner.recipe_files:
+            raise RecipeError(
+                f"recipe {wanted!r} of plugin {plugin!r} is unknown{nearest(wanted, owner.recipe_files)}"
+            )
+        return owner.recipe_files[wanted]
+
+
+def resolve(target: str, plugin: str) -> Any:
+    """Import `package.module:Class`.
+
+    Raises:
+        PluginError: naming the plugin and the reason, if that fails.
+    """
+    module, _, attribute = target.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except Exception as error:
+        raise PluginError(f"plugin {plugin!r} cannot import {target}: {_reason(error)}") from error
+
+
+def discover() -> Registry:
+    """Find the installed plugins; one that cannot be loaded is kept with the reason, never fatal."""
+    found: dict[str, Installed] = {}
+    for entry in sorted(entry_points(group=GROUP), key=lambda e: (e.name, e.value)):
+        installed = _load(entry)
+        if entry.name == CORE or entry.name in found:
+            other = "the core" if entry.name == CORE else found[entry.name].distribution
+            reason = f"the name {entry.name!r} is already taken by {other}"
+            installed = Installed(f"{entry.name}", installed.distribution, installed.version, None, reason)
+            found[f"{entry.name} of {installed.distribution}"] = installed
+        else:
+            found[entry.name] = installed
+    return Registry(list(found.values()))
+
+
+def _load(entry: EntryPoint) -> Installed:
+    distribution = entry.dist.name if entry.dist else "unknown"
+    version = entry.dist.version if entry.dist else "unknown"
+    broken = partial(Installed, entry.name, distribution, version, None)
+    try:
+        plugin = entry.load()
+    except (Exception, SystemExit) as error:
+        return broken(_reason(error))
+    if not isinstance(plugin, Plugin):
+        return broken(f"{entry.value} is a {type(plugin).__name__}, not a ptqcore.Plugin")
+    if plugin.name != entry.name:
+        return broken(f"its entry point is named {entry.name!r} but the plugin {plugin.name!r}")
+    return Installed(entry.name, distribution, version, plugin)
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,0 +1,215 @@
+"""The corridor: a recipe goes in, an artifact with its exports, metrics and report comes out."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptqcore import artifact, audit, files
+from ptqcore.blocks import Block, BlockIO, Walk, find_blocks
+from ptqcore.calibration import Calibration
+from ptqcore.dataflow import Dataflow, tensors_in, trace
+from ptqcore.errors import ArtifactError, DataError, ExportError
+from ptqcore.export.base import Exporter
+from ptqcore.fingerprint import fingerprint, versions
+from ptqcore.journal import BlockResult, Journal
+from ptqcore.meter import Meter
+from ptqcore.modules import state_bytes
+from ptqcore.observers import Observer
+from ptqcore.plan import Plan, make_plan
+from ptqcore.plugin import Registry, discover
+from ptqcore.progress import track
+from ptqcore.recipe import Recipe
+from ptqcore.report.page import render
+from ptqcore.report.record import BlockRecord, ExportRecord, RunRecord
+from ptqcore.step import Context, Step
+from ptqcore.task import Task
+from ptqcore.version import __version__
+
+
+def quantize(
+    recipe: Recipe, plugin: str, output: Path, resume: bool = False, registry: Registry | None = None
+) -> RunRecord:
+    """Run a recipe from end to end and write everything into `output`.
+
+    An artifact that is already in `output` is replaced when the new one is whole, not before.
+
+    Args:
+        recipe: the validated recipe.
+        plugin: the plugin whose names come first.
+        output: folder for the artifact, exports, metrics and report.
+        resume: whether to go on after the last finished block of an interrupted run.
+        registry: the plugins, if not those that are installed.
+
+    Returns:
+        The record that `metrics.json` and `report.html` are written from.
+
+    Raises:
+        PtqError: one sentence for the user; finished blocks stay in the journal.
+    """
+    plan = make_plan(recipe, plugin, registry or discover())
+    files.check_writable(output)
+    with files.locked(output), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        work = files.folder(output / ".work", empty=not resume)
+        run = _Run(plan, output, work, resume)
+        run.load()
+        run.walk()
+        run.finish()
+        files.move_into(work / "artifact", output)
+        files.remove(work)
+    return run.record
+
+
+@dataclass
+class _Prepared:
+    """A loaded model, its data, and how they fit together."""
+
+    model: nn.Module
+    samples: Sequence[Any]
+    flow: Dataflow
+    context: Context
+    blocks: list[Block]
+
+
+class _Run:
+    """One run; its methods are called in order."""
+
+    def __init__(self, plan: Plan, output: Path, work: Path, resume: bool) -> None:
+        self.plan, self.output, self.work, self.resume = plan, output, work, resume
+        self.meter = Meter()
+        self.task: Task = plan.task(files.folder(work / "task"))
+        recipe = plan.recipe
+        self.record = RunRecord(
+            plugin=plan.plugin,
+            recipe=recipe.name,
+            description=recipe.description,
+            recipe_yaml=plan.resolved.to_yaml(),
+            versions=versions(plan.registry.versions()),
+            seed=recipe.seed,
+        )
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a part of the run for the report."""
+        with self.meter.measure() as measurement:
+            yield
+        self.record.phases[name] = measurement.seconds
+
+    def load(self) -> None:
+        """Load the model and its data, find the blocks, and measure the full-precision model."""
+        task, recipe = self.task, self.plan.recipe
+        with self.phase("load the model"):
+            model = task.load_model().eval().requires_grad_(False)
+            audit.check_finite(model)
+            self.record.size_bytes["before"] = state_bytes(model)
+        with self.phase("calibration samples"):
+            samples = task.samples(model)
+            if not len(samples):
+                raise DataError("the task gave no calibration samples: give it at least one")
+        with self.phase("trace"):
+            flow = trace(model, lambda: task.forward(model, samples[0]))
+            context = Context(recipe.quant, self.plan.observer, task.excluded(model), recipe.seed)
+            blocks = find_blocks(model, flow, set(context.excluded), recipe.blocks)
+            audit.check_targets(blocks, context)
+        with self.phase("metrics before"):
+            self.record.before = task.evaluate(model)
+        self.prepared = _Prepared(model, samples, flow, context, blocks)
+
+    def walk(self) -> None:
+        """Hand every block to every step, in order; what an earlier run finished is taken from disk."""
+        model, context, samples = self.prepared.model, self.prepared.context, self.prepared.samples
+        marks = fingerprint(self.record.recipe_yaml, self.record.versions, model, samples)
+        journal = Journal(self.work, marks, self.resume)
+        steps = self.plan.steps(context)
+        for step in steps:
+            step.prepare(model, self.prepared.flow)
+        with self.phase("capture"):
+            walk = Walk(self.prepared.blocks, samples, lambda sample: self.task.forward(model, sample))
+        for index, io in enumerate(track(walk, "quantizing blocks", len(walk.blocks))):
+            result = journal.restore(index, io.block)
+            if result is None:
+                result, outputs = self._quantize_block(io, steps)
+                journal.save(index, io.block, result)
+            else:
+                outputs = io.run_tensors()
+            self.record.blocks.append(result.block)
+            self.record.layers.extend(result.layers)
+            walk.advance(outputs)
+        self.record.phases["quantize blocks"] = sum(block.seconds for block in self.record.blocks)
+        for step in steps:
+            step.finish(model)
+        audit.check_done(walk.blocks, context)
+        self.record.skipped = audit.left_alone(model, context)
+
+    def _quantize_block(self, io: BlockIO, steps: list[Step]) -> tuple[BlockResult, list[list[Tensor]]]:
+        """Run the steps on one block; its figures, and what flows into the next."""
+        block = io.block
+        originals = block.layers()
+        with self.meter.measure() as measurement:
+            calibration = Calibration(block, io, self._new_input_observer())
+            targets = calibration.targets
+            for step in steps:
+                step.block(block, calibration)
+            outputs = io.run_tensors()
+            error = audit.relative_error(outputs, targets, block.path)
+            layers = audit.layer_records(block, originals, calibration)
+        figures = BlockRecord(block.path, error, measurement.seconds, measurement.peak_memory_bytes)
+        return BlockResult(figures, layers), outputs
+
+    def _new_input_observer(self) -> Callable[[], Observer] | None:
+        activations = self.plan.recipe.quant.activations
+        if activations is None or activations.dynamic:
+            return None
+        return lambda: self.plan.observer(activations)
+
+    def finish(self) -> None:
+        """Measure the quantized model, and write everything into the staging folder."""
+        model, record = self.prepared.model, self.record
+        staging = files.folder(self.work / "artifact", empty=True)
+        with self.phase("metrics after"):
+            record.after = self.task.evaluate(model)
+        with self.phase("save and load back"):
+            self._save(model, staging)
+        with self.phase("export and read back"):
+            for exporter in self.plan.exporters:
+                record.exports[exporter.name] = self._export(exporter, model, staging)
+        record.seconds, record.peak_memory_bytes = self.meter.seconds, self.meter.peak_memory_bytes
+        files.write_json(staging / "metrics.json", record.metrics())
+        files.write_text(staging / "recipe.yaml", record.recipe_yaml)
+        files.write_text(staging / "report.html", render(record))
+
+    def _save(self, model: nn.Module, staging: Path) -> None:
+        """Write the artifact, and make sure that it restores a model with the same outputs."""
+        assets = files.folder(staging / artifact.ASSETS_FOLDER)
+        with files.writing(assets):
+            self.task.save_assets(assets)
+        artifact.save(model, staging, self.plan.plugin, self.task.name, __version__)
+        self.record.size_bytes["after"] = (staging / artifact.MODEL_FILE).stat().st_size
+        restored = artifact.restore(staging, lambda _: self.task.build(assets))
+        sample = self.prepared.samples[0]
+        with torch.no_grad():
+            expected = tensors_in(self.task.forward(model, sample))
+            found = tensors_in(self.task.forward(restored, sample))
+        if not all(torch.equal(one, other) for one, other in zip(expected, found, strict=True)):
+            raise ArtifactError(
+                "the artifact does not restore the same outputs: the task's `build` makes another "
+                "structure than `load_model`, or the model is not deterministic"
+            )
+
+    def _export(self, exporter: Exporter, model: nn.Module, staging: Path) -> ExportRecord:
+        """Write one format and read it back."""
+        folder = files.folder(staging / "exports" / exporter.name)
+        with files.writing(folder):
+            exporter.export(model, self.task, folder)
+        difference = exporter.verify(model, folder)
+        if difference != 0:
+            raise ExportError(
+                f"{exporter.name}: the weights read back from its files differ by up to {difference:.3g}"
+            )
+        final = self.output.resolve() / "exports" / exporter.name
+        return ExportRecord(str(final), verified=True, largest_difference=difference)

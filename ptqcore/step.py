@@ -1,0 +1,71 @@
+"""The verb of a recipe: what a method does to a model, block by block."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from ptqcore.blocks import Block
+from ptqcore.calibration import Calibration
+from ptqcore.dataflow import Dataflow
+from ptqcore.observers import Observer
+from ptqcore.recipe import QuantSection, TensorQuant
+
+
+class StepOptions(BaseModel):
+    """Options of a step in a recipe; subclasses add fields, unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every step may know about the run.
+
+    quant: the recipe's `quant` section.
+    observer: makes the observer that a `TensorQuant` names.
+    excluded: layers that the task leaves in full precision, path → reason.
+    seed: the run's seed.
+    """
+
+    quant: QuantSection
+    observer: Callable[[TensorQuant], Observer]
+    excluded: dict[str, str]
+    seed: int
+
+    def reason_to_skip(self, path: str) -> str | None:
+        """Why the layer at `path` stays in full precision, or None if it is to be quantized."""
+        for glob in self.quant.ignore:
+            if fnmatchcase(path, glob):
+                return f"ignored by the recipe ({glob})"
+        return self.excluded.get(path)
+
+    def targets(self, block: Block) -> dict[str, nn.Module]:
+        """Float layers of a block that are to be quantized, by path."""
+        return {path: layer for path, layer in block.layers().items() if self.reason_to_skip(path) is None}
+
+
+class Step:
+    """One step of a recipe. Subclasses set `name`, may replace `Options`, and override what they need.
+
+    After the last step every layer that the recipe does not leave alone must be a `QuantModule`.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type[StepOptions]] = StepOptions
+
+    def __init__(self, options: StepOptions, context: Context) -> None:
+        self.options = options
+        self.context = context
+
+    def prepare(self, model: nn.Module, flow: Dataflow) -> None:
+        """Called once before the walk, with the full-precision model and one traced forward pass."""
+
+    def block(self, block: Block, calibration: Calibration) -> None:
+        """Called for every block in order; `calibration` holds its inputs and their statistics."""
+
+    def finish(self, model: nn.Module) -> None:
+        """Called once after the walk."""

@@ -1,0 +1,47 @@
+"""What the command line prints."""
+
+from pathlib import Path
+
+from ptqcore.plugin import BUILT_IN, KINDS, Plugin, Registry
+from ptqcore.progress import duration
+from ptqcore.report.record import RunRecord
+
+
+def summarize(record: RunRecord, folder: Path) -> str:
+    """The figures of a finished run, and where everything lies."""
+    before, after = record.size_bytes["before"], record.size_bytes["after"]
+    lines = [
+        f"{record.plugin} / {record.recipe}: {duration(record.seconds)}, "
+        f"peak memory {record.peak_memory_bytes / 1e9:.2f} GB, "
+        f"{len(record.layers)} layers quantized, {len(record.skipped)} left in full precision",
+        *(_row(name, f"{record.before[name]:.5g} -> {value:.5g}") for name, value in record.after.items()),
+        _row("size", f"{before / 1e6:.1f} MB -> {after / 1e6:.1f} MB ({before / after:.2f}x smaller)"),
+        _row("artifact", str(folder)),
+        _row("report", str(folder / "report.html")),
+    ]
+    for name, export in record.exports.items():
+        lines.append(_row("export", f"{name} in {export.path}, read back and equal"))
+    return "\n".join(lines)
+
+
+def _row(name: str, text: str) -> str:
+    return f"  {name:<16}{text}"
+
+
+def describe_plugins(registry: Registry) -> str:
+    """Every plugin with its distribution, version and what it brings, broken ones with the reason."""
+    lines = [f"core: {_brings(BUILT_IN)}"]
+    for entry in registry.installed:
+        place = f"{entry.name} ({entry.distribution} {entry.version})"
+        if entry.plugin is None:
+            lines.append(f"{place}: BROKEN: {entry.reason}")
+        else:
+            lines.append(f"{place}: {_brings(entry.plugin)}")
+    if not registry.installed:
+        lines.append("no plugin is installed; for example: pip install ptq-llm")
+    return "\n".join(lines)
+
+
+def _brings(plugin: Plugin) -> str:
+    tables = {kind: list(getattr(plugin, kind)) for kind in KINDS} | {"recipes": list(plugin.recipe_files)}
+    return "; ".join(f"{kind} {', '.join(names)}" for kind, names in tables.items() if names)

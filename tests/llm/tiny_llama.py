@@ -1,0 +1,88 @@
+"""A random two-layer Llama, ways to quantize it, and its export: what the exporter's tests share."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from ptq_llm.compressed_tensors import CompressedTensors
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from ptqcore import QuantizedTensor, QuantLinear, QuantSpec
+from ptqcore.observers import MinMax
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+GROUP, TOKEN = {"granularity": "group", "group_size": 32}, {"granularity": "token", "dynamic": True}
+INT4 = QuantSpec(bits=4, **GROUP)
+INT8 = QuantSpec(granularity="channel")
+FP8 = QuantSpec(dtype="e4m3", granularity="channel")
+FP8_TOKEN = QuantSpec(dtype="e4m3", **TOKEN)
+
+WEIGHT_ONLY = {
+    "int4-group": INT4,
+    "int3-group": QuantSpec(bits=3, **GROUP),
+    "int2-group": QuantSpec(bits=2, **GROUP),
+    "int8-group": QuantSpec(bits=8, **GROUP),
+    "int4-channel": QuantSpec(bits=4, granularity="channel"),
+    "int5-channel": QuantSpec(bits=5, granularity="channel"),
+    "fp8-channel": FP8,
+    "fp8-tensor": QuantSpec(dtype="e4m3"),
+}
+WITH_INPUTS = {
+    "w8a8-token": (INT8, QuantSpec(**TOKEN)),
+    "w8a8-token-asymmetric": (INT8, QuantSpec(symmetric=False, **TOKEN)),
+    "w8a8-tensor-weights": (QuantSpec(), QuantSpec(**TOKEN)),
+    "w8a8-static": (INT8, QuantSpec()),
+    "w8a8-static-asymmetric": (INT8, QuantSpec(symmetric=False)),
+    "w8a8-dynamic-tensor": (INT8, QuantSpec(dynamic=True)),
+    "fp8-token": (FP8, FP8_TOKEN),
+    "fp8-static": (QuantSpec(dtype="e4m3"), QuantSpec(dtype="e4m3")),
+}
+ASYMMETRIC = {
+    "group": QuantSpec(bits=4, symmetric=False, **GROUP),
+    "channel": QuantSpec(bits=3, symmetric=False, granularity="channel"),
+}
+
+
+def tiny_llama(
+    tied: bool = False, dtype: torch.dtype = torch.float32, intermediate: int = 96
+) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=intermediate,
+        vocab_size=128,
+        tie_word_embeddings=tied,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.mul_(8)  # logits of a few units, so that 1e-4 means something
+    return model
+
+
+def quantize(
+    model: PreTrainedModel, weights: QuantSpec, inputs: QuantSpec | None = None, within: str = "layers"
+) -> PreTrainedModel:
+    """Round the linear layers whose path contains `within`; static inputs get the range [-3, 4]."""
+    for name, layer in list(model.named_modules()):
+        if type(layer) is not nn.Linear or within not in name:
+            continue
+        observer = MinMax(weights)
+        observer.update(layer.weight.detach())
+        quantized = QuantLinear(layer, weights, inputs)
+        quantized.set_weight(QuantizedTensor.from_range(layer.weight, *observer.range(), weights))
+        if inputs is not None and not inputs.dynamic:
+            low, high = torch.tensor([-3.0, 4.0], dtype=layer.weight.dtype)
+            quantized.input_quantizer.set_range(low, high)
+        model.set_submodule(name, quantized)
+    return model
+
+
+def export(model: PreTrainedModel, folder: Path) -> None:
+    task = SimpleNamespace(save_assets=lambda at: model.config.to_json_file(at / "config.json"))
+    CompressedTensors().export(model, task, folder)
