@@ -1,5 +1,1 @@
-"""What a run cost and what it kept: the record of a run, and its report as one HTML page."""
-
-from ptqcore.report.page import render
-
-__all__ = ["render"]
+"""The report: what a run cost, as one self-contained HTML page."""

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from ptq_llm.compressed_tensors import CompressedTensors
 from safetensors.torch import load_file, save_file
 from tiny_llama import (
     ASYMMETRIC,
@@ -18,6 +17,7 @@ from tiny_llama import (
 )
 from torch import nn
 
+from ptq_llm.compressed_tensors import CompressedTensors
 from ptqcore import ExportError, QuantConv2d, QuantLinear, QuantSection, QuantSpec
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from ptq_llm.compressed_tensors import CompressedTensors
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_llama import (
@@ -27,6 +26,7 @@ from tiny_llama import (
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig, PreTrainedModel
 
+from ptq_llm.compressed_tensors import CompressedTensors
 from ptqcore import QuantLinear, QuantSpec
 
 # A symmetric grid in float32 leaves no room for differences: all of these were measured as 0.0.

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from ptq_llm.unpack import Layout, TensorFile, e4m3_values, read_weight, round_to, unpack_codes
 from safetensors.torch import save_file
 
+from ptq_llm.unpack import Layout, TensorFile, e4m3_values, read_weight, round_to, unpack_codes
 from ptqcore import ExportError
 
 

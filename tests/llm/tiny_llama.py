@@ -4,10 +4,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from ptq_llm.compressed_tensors import CompressedTensors
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from ptq_llm.compressed_tensors import CompressedTensors
 from ptqcore import QuantizedTensor, QuantLinear, QuantSpec
 from ptqcore.observers import MinMax
 

@@ -45,10 +45,10 @@ class CausalLM(Task):
         self._check_windows()
         self._written: Tensor | None = None
         self._calibration, self._evaluation = self._calibration_windows(), self._evaluation_windows()
-        return self._model  # type: ignore[no-any-return]
+        return self._model
 
     def samples(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Calibration windows, one a sample: `{"input_ids": [1, calibration_window], "use_cache": False}`."""
+        """Calibration windows, one a sample: `{"input_ids": [1, window], "use_cache": False}`."""
         if self._calibration is None:
             written = self._write()[: self.options.calibration_samples]
             self._calibration = written[:, : self.options.calibration_window]
@@ -84,7 +84,7 @@ class CausalLM(Task):
     @classmethod
     def build(cls, folder: Path) -> nn.Module:
         """The structure that `save_assets` described."""
-        return models.build(folder)  # type: ignore[no-any-return]
+        return models.build(folder)
 
     def _check_windows(self) -> None:
         limit = getattr(self._model.config, "max_position_embeddings", None)

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from ptq_llm.compressed_scheme import Scheme, format_of, quantization_config, refuse
-from ptq_llm.unpack import Array, Layout, TensorFile, read_weight
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ptq_llm.compressed_scheme import Scheme, format_of, quantization_config, refuse
+from ptq_llm.unpack import Array, Layout, TensorFile, read_weight
 from ptqcore import (
     Exporter,
     ExportError,

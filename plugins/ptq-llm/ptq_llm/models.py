@@ -1,6 +1,9 @@
 """Language models from a Hugging Face folder, a GGUF file, or the embedded default."""
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,7 +51,8 @@ def load(source: str, dtype: torch.dtype) -> LanguageModel:
     if path.is_file():
         raise ModelError(f"task.model {source!r} is a file but not a .gguf one: give its folder")
     raise ModelError(
-        f"task.model {source!r} does not exist: give a folder in Hugging Face format, a GGUF file, or {EMBEDDED!r}"
+        f"task.model {source!r} does not exist: give a folder in Hugging Face format, a GGUF file, "
+        f"or {EMBEDDED!r}"
     )
 
 
@@ -93,9 +97,10 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> LanguageModel:
     if getattr(config, "quantization_config", None):
         raise ModelError(f"task.model {str(folder)!r} is quantized already: give the full-precision model")
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
+        model, report = loaded
     except Exception as error:
         raise ModelError(
             f"task.model {str(folder)!r}: its weights cannot be loaded: {_line(error)}"
@@ -103,16 +108,18 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> LanguageModel:
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if missing:
         raise ModelError(
-            f"task.model {str(folder)!r}: {len(missing)} tensors are missing or of another shape, first {missing[0]}"
+            f"task.model {str(folder)!r}: {len(missing)} tensors are missing or of another shape, "
+            f"the first is {missing[0]}"
         )
     return LanguageModel(model.eval(), tokenizer)
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> LanguageModel:
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=dtype, local_files_only=True
-        )
+        with _bar_on_terminals_only():
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=dtype, local_files_only=True
+            )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     except Exception as error:
         raise ModelError(f"task.model {str(path)!r} cannot be loaded: {_line(error)}") from error
@@ -120,6 +127,16 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> LanguageModel:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return LanguageModel(model.eval(), tokenizer)
+
+
+@contextmanager
+def _bar_on_terminals_only() -> Iterator[None]:
+    """transformers draws a progress bar for GGUF files whatever it is told; keep it out of logs."""
+    if sys.stderr.isatty():
+        yield
+    else:
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+            yield
 
 
 def _line(error: Exception) -> str:
