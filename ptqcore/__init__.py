@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from ptqcore.version import __version__
 
 if TYPE_CHECKING:
+    from ptqcore import grid as grid
     from ptqcore.artifact import load as load
     from ptqcore.blocks import Block as Block
     from ptqcore.blocks import BlockIO as BlockIO
@@ -23,8 +24,12 @@ if TYPE_CHECKING:
     from ptqcore.modules import QuantConv2d as QuantConv2d
     from ptqcore.modules import QuantLinear as QuantLinear
     from ptqcore.modules import QuantModule as QuantModule
+    from ptqcore.observers import MSE as MSE
+    from ptqcore.observers import MinMax as MinMax
+    from ptqcore.observers import MovingAverage as MovingAverage
     from ptqcore.observers import Observer as Observer
     from ptqcore.observers import ObserverOptions as ObserverOptions
+    from ptqcore.observers import Percentile as Percentile
     from ptqcore.packed import QuantizedTensor as QuantizedTensor
     from ptqcore.packed import pack_bits as pack_bits
     from ptqcore.packed import unpack_bits as unpack_bits
@@ -58,6 +63,10 @@ _HOME = {
     "QuantConv2d": "modules",
     "QuantLinear": "modules",
     "QuantModule": "modules",
+    "MSE": "observers",
+    "MinMax": "observers",
+    "MovingAverage": "observers",
+    "Percentile": "observers",
     "Observer": "observers",
     "ObserverOptions": "observers",
     "QuantizedTensor": "packed",
@@ -87,6 +96,8 @@ __all__ = ["__version__", *_HOME]
 
 def __getattr__(name: str) -> Any:
     """Import a public name at its first use, so that the command line starts without torch."""
+    if name == "grid":
+        return import_module("ptqcore.grid")
     if name not in _HOME:
         raise AttributeError(f"module 'ptqcore' has no attribute {name!r}")
     return getattr(import_module(f"ptqcore.{_HOME[name]}"), name)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -67,17 +68,17 @@ class Dataflow:
 def trace(model: nn.Module, run: Callable[[], object]) -> Dataflow:
     """Record the calls of all submodules of `model` while `run()` executes it once, without gradients.
 
-    Every tensor gets a number of its own as a Python attribute. It goes with the tensor object, so
-    that the record need not keep a tensor alive to know it again.
+    Every tensor object gets a number of its own, forgotten with the object, so that the record need
+    not keep tensors alive to know them again.
     """
     flow = Dataflow()
-    numbers = count()
-    mark = f"_ptqcore_number_{id(flow)}"
+    unused = count()
+    numbers = WeakTensorKeyDictionary()
 
     def number(tensor: Tensor) -> int:
-        if not hasattr(tensor, mark):
-            setattr(tensor, mark, next(numbers))
-        return getattr(tensor, mark)
+        if tensor not in numbers:
+            numbers[tensor] = next(unused)
+        return int(numbers[tensor])
 
     def note(path: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

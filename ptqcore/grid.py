@@ -33,7 +33,7 @@ def split_groups(x: Tensor, spec: QuantSpec) -> Tensor:
     """View x [..., n] as [..., groups, group_size] under a group spec; other specs leave it as is.
 
     A last ragged group is filled up with zeros: zero lies on every grid and inside every range, so
-    the filling changes neither ranges nor errors.
+    the filling changes neither extremes nor errors.
     """
     if spec.granularity != "group":
         return x
@@ -70,30 +70,52 @@ def layout_shape(shape: tuple[int, ...], spec: QuantSpec) -> tuple[int, ...]:
 
 def value_range(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Smallest and largest value of x for every scale of the layout, extended to contain 0."""
-    groups = split_groups(x, spec)
+    groups = split_groups(x.detach(), spec)
     dims = reduced_dims(x, spec)
+    if not dims:
+        return groups.clamp(max=0), groups.clamp(min=0)
     keep = spec.granularity != "group"
     low, high = groups.amin(dims, keepdim=keep), groups.amax(dims, keepdim=keep)
     return low.clamp(max=0), high.clamp(min=0)
 
 
 def scale_and_zero_point(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-    """Grid that covers [low, high].
+    """Grid for the range [low, high]; an empty range gets scale 1, so that zeros are exact.
 
-    Integer: scale = width / (2^bits − 1) where width is high − low, or 2·max(|low|, |high|) if
-    symmetric; zero_point = round(−low / scale), None if symmetric. Float: scale = max|x| / largest
-    value of the format. An empty range gets scale 1, so that zeros are exact.
+    With L = 2^bits − 1 and M = 2^(bits−1):
+
+        asymmetric      scale = (high − low) / L, zero_point = round(−low / scale)
+        symmetric       scale = max(−low / M, high / (M − 1)), the smallest whose grid holds both ends
+        … dynamic       scale = 2·max|x| / L, what engines that read compressed-tensors compute at run
+                        time; the two ends are clipped by half a step
+        … signed_scale  scale = x / −M for the end x of larger magnitude; the other end is clipped by
+                        half a step at most
+        float           scale = max|x| / largest value of the format
+
+    Both have the dtype of the range; half precision is computed in float32.
     """
+    dtype = low.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        low, high = low.float(), high.float()
     low, high = low.clamp(max=0), high.clamp(min=0)
-    if spec.symmetric:
-        largest = torch.maximum(-low, high)
-        scale = largest / (float_max(spec) if spec.is_float else spec.levels / 2)
-    else:
-        scale = (high - low) / spec.levels
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scale = _scale(low, high, spec)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale).to(dtype)
     if spec.symmetric:
         return scale, None
-    return scale, torch.round(-low / scale).clamp(0, spec.levels)
+    return scale, torch.round(-low / scale).clamp(0, spec.levels).to(dtype)
+
+
+def _scale(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
+    if not spec.symmetric:
+        return (high - low) / spec.levels
+    largest = torch.maximum(-low, high)
+    if spec.is_float:
+        return largest / float_max(spec)
+    if spec.signed_scale:
+        return torch.where(high > -low, -high, -low) / spec.middle
+    if spec.dynamic:
+        return largest / (spec.levels / 2)
+    return torch.maximum(-low / spec.middle, high / (spec.middle - 1))
 
 
 def _spread(parameter: Tensor, spec: QuantSpec) -> Tensor:

@@ -55,13 +55,12 @@ class QuantModule(nn.Module, ABC):
         """Hold this quantized weight.
 
         Raises:
-            ValueError: if its spec or shape is not the layer's.
+            ValueError: if its spec, shape or dtype is not the layer's.
         """
-        if weight.spec != self.weight_spec or weight.shape != self.weight_shape:
-            raise ValueError(
-                f"a weight {weight.spec} {weight.shape} does not fit a layer "
-                f"{self.weight_spec} {self.weight_shape}"
-            )
+        given = (weight.spec, weight.shape, weight.scale.dtype)
+        own = (self.weight_spec, self.weight_shape, self.weight_scale.dtype)
+        if given != own:
+            raise ValueError(f"a weight {given} does not fit a layer {own}")
         for name, value in weight.pack().items():
             setattr(self, f"weight_{name}", value)
         self._dequantized = None
@@ -78,7 +77,8 @@ class QuantModule(nn.Module, ABC):
     def weight(self) -> Tensor:
         """The dequantized weight, in the dtype and shape of the float layer's."""
         if self._dequantized is None:
-            self._dequantized = self.quantized_weight.dequantize()
+            with torch.inference_mode(False):  # the cache may serve a backward pass later
+                self._dequantized = self.quantized_weight.dequantize()
         return self._dequantized
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,5 +156,5 @@ def quantizable_layers(module: nn.Module, prefix: str = "") -> dict[str, nn.Modu
 
 def state_bytes(module: nn.Module) -> int:
     """Bytes of the parameters and persistent buffers of a model; shared tensors count once."""
-    unique = {tensor.data_ptr(): tensor.nbytes for tensor in module.state_dict().values()}
-    return sum(unique.values())
+    unique = {(tensor.data_ptr(), tensor.nbytes) for tensor in module.state_dict().values()}
+    return sum(size for _, size in unique)

@@ -78,7 +78,7 @@ def make_observer(registry: Registry, plugin: str, quant: TensorQuant) -> Observ
     Raises:
         RecipeError: if the name is unknown or an option is wrong.
     """
-    entry = Entry.model_validate(quant.observer)
+    entry = quant.observer
     observer_class = _find(registry, "observers", entry.name, plugin, Observer)
     options = _options(observer_class, entry.options, f"observer.{entry.name}")
     return observer_class(quant.spec, **options.model_dump())

@@ -30,6 +30,8 @@ class FakeQuant(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., channels] rounded to the grid; NaN where a static quantizer was given no range."""
+        if not x.numel():
+            return x
         values = x.float()
         if self.spec.dynamic:
             scale, zero_point = grid.scale_and_zero_point(*grid.value_range(values, self.spec), self.spec)

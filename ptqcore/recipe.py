@@ -13,13 +13,32 @@ from ptqcore.spec import QuantSpec
 M = TypeVar("M", bound=BaseModel)
 
 
+class Entry(BaseModel):
+    """A name with options, written `name` or `{name: {option: value}}`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    options: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, dict) and len(value) == 1 and "name" not in value:
+            ((name, options),) = value.items()
+            return {"name": name, "options": options or {}}
+        return value
+
+
 class TensorQuant(QuantSpec):
     """How a kind of tensor is quantized: its grid, and the observer that finds the range.
 
-    `observer` is a name, or a mapping `{name: {option: value}}`.
+    `observer` is written `name` or `{name: {option: value}}`.
     """
 
-    observer: str | dict[str, dict[str, Any]] = "minmax"
+    observer: Entry = Entry(name="minmax")
 
     @property
     def spec(self) -> QuantSpec:
@@ -66,25 +85,6 @@ class TaskSection(BaseModel):
         return dict(self.model_extra or {})
 
 
-class Entry(BaseModel):
-    """A name with options, written `name` or `{name: {option: value}}`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    options: dict[str, Any] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_forms(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return {"name": value}
-        if isinstance(value, dict) and len(value) == 1 and "name" not in value:
-            ((name, options),) = value.items()
-            return {"name": name, "options": options or {}}
-        return value
-
-
 class Recipe(BaseModel):
     """One run: what is quantized, how, in which steps, and what is written."""
 
@@ -111,7 +111,7 @@ class Recipe(BaseModel):
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
 
 
 def read_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -124,7 +124,7 @@ def read_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise RecipeError(f"recipe {path} must be a mapping of keys, not {type(data).__name__}")
@@ -148,7 +148,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         )
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"--set {key}: the value {text!r} is not valid YAML") from error
     *path, last = parts
     at: Any = data
@@ -173,7 +173,7 @@ def _descend(at: Any, part: str, key: str) -> Any:
 
 
 def _index(at: list[Any], part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(at):
+    if not part.isdecimal() or int(part) >= len(at):
         raise RecipeError(f"--set {key}: {part!r} is not an index of a list of {len(at)} entries")
     return int(part)
 
@@ -216,6 +216,8 @@ def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
     """Names of the fields at a path inside nested models."""
     current: Any = model
     for part in path:
+        if part.isdecimal():  # an index of a list, whose entries are described by its type
+            continue
         field = current.model_fields.get(part) if hasattr(current, "model_fields") else None
         kinds = [] if field is None else [field.annotation, *getattr(field.annotation, "__args__", ())]
         current = next((kind for kind in kinds if hasattr(kind, "model_fields")), None)

@@ -20,6 +20,10 @@ class QuantSpec(BaseModel):
     (`channel`), one per `group_size` neighbours of the last dimension (`group`; the last group may
     be shorter), or one per vector along the last dimension (`token`). A `dynamic` spec takes its
     ranges from the very tensor that is quantized; a static one from calibration.
+
+    A symmetric integer grid has one step more below zero than above. `signed_scale` lets each scale
+    be negative, which turns that step to the side of the largest value: finer steps for weights at
+    4 bits and below. Some engines (TensorRT) refuse negative scales.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,6 +34,7 @@ class QuantSpec(BaseModel):
     granularity: Granularity = "tensor"
     group_size: int | None = Field(default=None, ge=1)
     dynamic: bool = False
+    signed_scale: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -37,6 +42,8 @@ class QuantSpec(BaseModel):
             raise ValueError(f"bits {self.bits} with dtype {self.dtype}: float formats have 8 bits")
         if self.dtype != "int" and not self.symmetric:
             raise ValueError(f"symmetric false with dtype {self.dtype}: float formats have no zero point")
+        if self.signed_scale and (self.is_float or not self.symmetric or self.dynamic):
+            raise ValueError("signed_scale true: only static symmetric integer grids can turn around")
         if self.granularity == "group" and self.group_size is None:
             raise ValueError("granularity group without group_size: give the number of values per group")
         if self.granularity != "group" and self.group_size is not None:
@@ -67,4 +74,5 @@ class QuantSpec(BaseModel):
         number = f"int{self.bits}" if self.dtype == "int" else f"fp8-{self.dtype}"
         scope = f"group {self.group_size}" if self.granularity == "group" else self.granularity
         sign = "" if self.symmetric else " asymmetric"
+        sign += " signed scale" if self.signed_scale else ""
         return f"{number}{sign} per {scope}{' dynamic' if self.dynamic else ''}"

@@ -1,5 +1,7 @@
 """Sums over a layer's input that many methods share."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -46,9 +48,15 @@ class Gram:
     def energy(self, weight: Tensor) -> float:
         """‖X Wᵀ‖² summed over tokens and outputs, for a weight [outputs, channels]."""
         matrix = weight.detach().float()
-        return float(((matrix @ self.matrix) * matrix).sum(dtype=torch.float64))
+        total = float(((matrix @ self.matrix) * matrix).sum(dtype=torch.float64))
+        return max(total, 0.0)  # rounding can leave a tiny negative sum
 
     def relative_error(self, weight: Tensor, quantized: Tensor) -> float:
-        """‖X(Ŵ − W)ᵀ‖² / ‖X Wᵀ‖²: the layer's output error from its weights alone (0 if both are 0)."""
-        error = self.energy(quantized - weight)
-        return error / self.energy(weight) if error else 0.0
+        """‖X(Ŵ − W)ᵀ‖² / ‖X Wᵀ‖²: the layer's output error from its weights alone.
+
+        0 if there is no error, infinite if there is one but X Wᵀ is 0.
+        """
+        error, total = self.energy(quantized - weight), self.energy(weight)
+        if not error:
+            return 0.0
+        return error / total if total else math.inf

@@ -20,6 +20,8 @@ class MinMax(Observer):
         self._range: tuple[Tensor, Tensor] | None = None
 
     def update(self, x: Tensor) -> None:
+        if not x.numel():
+            return
         self._include(*grid.value_range(x, self.spec))
 
     def range(self) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,8 @@ class MovingAverage(Observer):
         self._count = 0
 
     def update(self, x: Tensor) -> None:
+        if not x.numel():
+            return
         low, high = grid.value_range(x, self.spec)
         if self._low is not None and self._high is not None:
             momentum = self.options.momentum  # type: ignore[attr-defined]

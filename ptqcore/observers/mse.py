@@ -31,9 +31,9 @@ class MSE(SampleObserver):
 
     def range(self) -> tuple[Tensor, Tensor]:
         options: MSEOptions = self.options  # type: ignore[assignment]
+        values = self.values().nan_to_num(nan=0.0)
         exact_low, exact_high = self.exact_range()
-        values = self.values()
-        low, high = exact_low.reshape(-1, 1), exact_high.reshape(-1, 1)
+        low, high = exact_low.float().reshape(-1, 1), exact_high.float().reshape(-1, 1)
         row_spec = self.spec.model_copy(
             update={"granularity": "channel", "group_size": None, "dynamic": False}
         )

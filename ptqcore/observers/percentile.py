@@ -23,17 +23,21 @@ class Percentile(SampleObserver):
     Options: ClassVar[type[ObserverOptions]] = PercentileOptions
 
     def range(self) -> tuple[Tensor, Tensor]:
-        exact_low, _ = self.exact_range()
-        ordered = self.values().sort(dim=1).values
+        ordered = self.values().sort(dim=1).values  # NaN comes last
+        exact_low, exact_high = self.exact_range()
         share: float = self.options.percentile / 100  # type: ignore[attr-defined]
+        if share == 1:
+            return exact_low, exact_high
         low = _quantile(ordered, 1 - share).view_as(exact_low)
         high = _quantile(ordered, share).view_as(exact_low)
         return low.clamp(max=0), high.clamp(min=0)
 
 
 def _quantile(ordered: Tensor, share: float) -> Tensor:
-    """Quantile of sorted rows [scales, n]; torch.quantile stops at 16 million values."""
-    position = share * (ordered.shape[1] - 1)
-    below = int(position)
-    above = min(below + 1, ordered.shape[1] - 1)
-    return torch.lerp(ordered[:, below], ordered[:, above], position - below)
+    """Quantile of the numbers of sorted rows [scales, n]; torch.quantile stops at 16 million values."""
+    last = (~ordered.isnan()).sum(dim=1, keepdim=True) - 1
+    position = share * last.double()
+    below = position.long()
+    above = torch.minimum(below + 1, last)
+    low, high = ordered.gather(1, below), ordered.gather(1, above)
+    return low.lerp(high, (position - below).to(low.dtype))

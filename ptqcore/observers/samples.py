@@ -3,9 +3,9 @@
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ptqcore import grid
 from ptqcore.observers.base import Observer
 from ptqcore.observers.minmax import MinMax
 from ptqcore.spec import QuantSpec
@@ -28,8 +28,10 @@ class SampleObserver(Observer):
         self._exact = MinMax(spec)
 
     def update(self, x: Tensor) -> None:
+        if not x.numel():
+            return
         self._exact.update(x)
-        rows = self._rows(x)
+        rows = self._rows(x.detach().float())
         self._append(rows[:, -self._seen % self._stride :: self._stride])
         self._seen += rows.shape[1]
 
@@ -44,7 +46,7 @@ class SampleObserver(Observer):
         self._seen += other._seen
 
     def values(self) -> Tensor:
-        """The kept values [scales, n].
+        """The kept values [scales, n], float32; NaN fills up the last group of a row.
 
         Raises:
             ValueError: if no tensor was seen.
@@ -62,7 +64,9 @@ class SampleObserver(Observer):
             return x.reshape(1, -1)
         if self.spec.granularity == "channel":
             return x.flatten(1)
-        return grid.split_groups(x, self.spec).flatten(0, -2)
+        size = self.spec.group_size or x.shape[-1]
+        filled = F.pad(x, (0, -x.shape[-1] % size), value=torch.nan)
+        return filled.reshape(-1, size)
 
     def _append(self, rows: Tensor) -> None:
         rows = rows if self._values is None else torch.cat([self._values, rows], dim=1)

@@ -132,6 +132,18 @@ def test_a_shortcut_shares_its_input_with_the_first_convolution():
     ]
 
 
+def test_a_layer_that_reads_the_same_tensor_twice_is_named_once():
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.other = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.layer(x) + self.other(x) + self.layer(x)
+
+    assert flow_of(Again(), torch.ones(1, 2)).shared_inputs(["layer", "other"]) == [["layer", "other"]]
+
+
 def test_layers_not_called_are_in_no_group():
     assert attention_flow().shared_inputs(["missing"]) == []
 

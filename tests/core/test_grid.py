@@ -115,7 +115,7 @@ def test_range_is_the_smallest_and_largest_value_of_each_part_and_contains_zero(
 def test_each_part_is_quantized_as_if_it_were_alone(spec):
     x = torch.randn(3, 10, generator=torch.Generator().manual_seed(1))
     quantized = grid.fake_quantize(x, *fitted(x, spec), spec)
-    alone = spec.model_copy(update={"granularity": "tensor", "group_size": None, "dynamic": False})
+    alone = spec.model_copy(update={"granularity": "tensor", "group_size": None})
     for _, where in parts(x.shape, spec):
         part = x[where]
         assert torch.equal(quantized[where], grid.fake_quantize(part, *fitted(part, alone), alone))
@@ -135,11 +135,41 @@ def test_groups_split_and_merge_back(columns):
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_symmetric_scale_is_absmax_over_half_the_levels(bits):
+def test_dynamic_symmetric_scale_is_absmax_over_half_the_levels(bits):
     low, high = torch.tensor([-3.0]), torch.tensor([2.0])
-    scale, zero_point = grid.scale_and_zero_point(low, high, QuantSpec(bits=bits))
+    scale, zero_point = grid.scale_and_zero_point(low, high, QuantSpec(bits=bits, dynamic=True))
     assert zero_point is None
     assert scale.item() == pytest.approx(3 / ((2**bits - 1) / 2), rel=1e-7)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize(("low", "high"), [(-3.0, 2.0), (-2.0, 3.0), (-2.0, 2.0), (-1.0, 0.0), (0.0, 1.0)])
+def test_static_symmetric_scale_is_the_smallest_whose_grid_holds_both_ends(bits, low, high):
+    middle = 2 ** (bits - 1)
+    scale, zero_point = grid.scale_and_zero_point(
+        torch.tensor([low]), torch.tensor([high]), QuantSpec(bits=bits)
+    )
+    assert zero_point is None
+    below, above = -middle * scale.item(), (middle - 1) * scale.item()
+    assert below <= low + 1e-6
+    assert above >= high - 1e-6
+    assert below == pytest.approx(low) or above == pytest.approx(high)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("high", [1.0, 7.0])
+def test_signed_scale_puts_the_extra_step_where_the_largest_value_lies(bits, high):
+    spec = QuantSpec(bits=bits, signed_scale=True)
+    x = torch.tensor([-4.0, 0.0, high])
+    scale, zero_point = grid.scale_and_zero_point(x[:1], x[2:], spec)
+    assert zero_point is None
+    assert scale.item() == pytest.approx((4.0 if high < 4 else -7.0) / 2 ** (bits - 1))
+    rounded = grid.fake_quantize(x, scale, None, spec)
+    assert rounded[1] == 0
+    assert rounded[x.abs().argmax()] == x[x.abs().argmax()]
+    assert ((rounded - x).abs() <= scale.abs() * 1.0001).all()
+    codes = grid.quantize(x, scale, None, spec)
+    assert torch.equal(grid.dequantize(codes, scale, None, spec), rounded)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

@@ -151,6 +151,13 @@ def test_merged_averages_are_weighted_by_their_number_of_tensors():
     assert high.item() == pytest.approx((3 * 4 + 8) / 4)
 
 
+def test_merging_one_after_the_other_weights_every_tensor_alike():
+    first, *others = (observed(MovingAverage(PER_TENSOR), torch.tensor([0.0, h])) for h in (1.0, 2.0, 6.0))
+    for other in others:
+        first.merge(other)
+    assert first.range()[1].item() == pytest.approx((1 + 2 + 6) / 3)
+
+
 # Percentile
 
 
@@ -210,6 +217,12 @@ def test_beyond_4_mi_values_every_second_is_kept_however_they_arrive():
     assert torch.equal(pieces.values(), values[None, ::2])
 
 
+def test_positions_stay_aligned_after_thinning_twice():
+    values = torch.arange(9 * MEBI, dtype=torch.float32)
+    sizes = [4 * MEBI + 1, 4 * MEBI + 2, MEBI - 3]
+    assert torch.equal(observed(Percentile(PER_TENSOR), *values.split(sizes)).values(), values[None, ::4])
+
+
 def test_thinning_keeps_the_exact_smallest_and_largest_value():
     low, high = observed(MSE(PER_TENSOR), long_data()).exact_range()
     assert (low.item(), high.item()) == (-9e6, 9e6)
@@ -242,7 +255,8 @@ def brute_force_errors(x, spec, norm, candidates, shrink):
     for step in range(candidates):
         ratio = 1 - shrink * step / candidates
         if spec.symmetric:
-            scale, offset = ratio * max(-low, high) / (levels / 2), 2 ** (spec.bits - 1)
+            offset = 2 ** (spec.bits - 1)
+            scale = ratio * max(-low / offset, high / (offset - 1))
         else:
             scale = ratio * (high - low) / levels
             offset = np.rint(-low * ratio / scale)

@@ -53,9 +53,9 @@ def test_a_recipe_is_read_with_its_defaults(recipe_file):
     assert recipe.quant.weights.spec == QuantSpec(
         bits=4, granularity="group", group_size=32, symmetric=False
     )
-    assert recipe.quant.weights.observer == {"mse": {"norm": 2.0}}
+    assert recipe.quant.weights.observer == Entry(name="mse", options={"norm": 2.0})
     assert recipe.quant.activations.spec == QuantSpec(granularity="token", dynamic=True)
-    assert recipe.quant.activations.observer == "minmax"
+    assert recipe.quant.activations.observer == Entry(name="minmax")
     assert recipe.quant.ignore == ["*.head"]
     assert recipe.steps == [Entry(name="smooth"), Entry(name="gptq", options={"damp": 0.01})]
     assert recipe.export == [Entry(name="safetensors")]
