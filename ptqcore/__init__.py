@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ptqcore.errors import RecipeError as RecipeError
     from ptqcore.export.base import Exporter as Exporter
     from ptqcore.files import write_tensors as write_tensors
+    from ptqcore.fingerprint import digest_of as digest_of
     from ptqcore.modules import QuantConv2d as QuantConv2d
     from ptqcore.modules import QuantLinear as QuantLinear
     from ptqcore.modules import QuantModule as QuantModule
@@ -81,6 +82,7 @@ _HOME = {
     "quantize": "run",
     "QuantSpec": "spec",
     "Gram": "statistics",
+    "digest_of": "fingerprint",
     "write_tensors": "files",
     "Calibration": "calibration",
     "Context": "step",

@@ -62,19 +62,20 @@ def _layer_record(
     )
 
 
-def check_targets(blocks: Iterable[Block], context: Context) -> None:
-    """Make sure that the recipe has something to quantize and ignores only what exists.
+def check_targets(blocks: list[Block], context: Context) -> dict[str, nn.Module]:
+    """The layers that are to be quantized, by path.
 
     Raises:
         ModelError: if no layer is left to quantize.
     """
-    blocks = list(blocks)
-    if not any(context.targets(block) for block in blocks):
+    targets = {path: layer for block in blocks for path, layer in context.targets(block).items()}
+    if not targets:
         kinds = sorted({type(m).__name__ for m in blocks[0].model.modules() if not list(m.children())})
         raise ModelError(
             "the model has no layer to quantize: linear layers and 2-D convolutions are, "
             f"unless quant.ignore names them; found {', '.join(kinds)}"
         )
+    return targets
 
 
 def check_done(blocks: Iterable[Block], context: Context) -> None:

@@ -44,8 +44,11 @@ class Block:
     ) -> QuantModule:
         """Replace the float layer at `path` by its quantized kind and return that.
 
-        A static input quantizer is left without a range: set it with
-        `layer.input_quantizer.set_range(low, high)`.
+        A static input quantizer is left without a range; steps call `Step.quantize_layer`, which
+        sets it.
+
+        Raises:
+            ModelError: if the layer has no quantized kind.
         """
         layer = self.model.get_submodule(path)
         kind = quantized_class(layer)
@@ -128,6 +131,11 @@ def _matching(model: nn.Module, flow: Dataflow, glob: str) -> list[str]:
             f"recipe key 'blocks' is {glob!r} and matches no module{nearest(glob, paths[:200])}"
         )
     order = [call.path for call in flow.calls if call.path in matched]
+    if not order:
+        raise ModelError(
+            f"recipe key 'blocks' is {glob!r}, but none of the modules it matches is called: "
+            "name the modules themselves, not the list that holds them"
+        )
     for first, second in pairwise(order):
         if not flow.feeds(first, second):
             raise ModelError(

@@ -49,7 +49,11 @@ def quantize(
     from ptqcore.run import quantize as run  # brings in torch: only once the recipe stands
 
     folder = output or Path("runs") / f"{plugin}-{chosen.name}"
-    record = run(chosen, plugin, folder, resume, registry)
+    try:
+        record = run(chosen, plugin, folder, resume, registry)
+    except KeyboardInterrupt:  # typer would end the command without a word
+        print("interrupted; run the same command with --resume to go on", file=sys.stderr)
+        raise typer.Exit(130) from None
     typer.echo(summarize(record, folder))
 
 
@@ -107,6 +111,3 @@ def main() -> None:
     except PtqError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command with --resume to go on", file=sys.stderr)
-        sys.exit(130)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ptqcore.errors import ArtifactError
+from ptqcore.errors import ArtifactError, PtqError
 
 
 @contextmanager
@@ -22,7 +22,12 @@ def writing(path: Path) -> Iterator[None]:
     """Turn what the system says when `path` cannot be written into one `ArtifactError` sentence."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except PtqError:
+        raise
+    except Exception as error:
+        # Libraries written in Rust (tokenizers) raise a bare Exception for what the system says.
+        if not isinstance(error, OSError | SafetensorError) and "(os error" not in str(error):
+            raise
         raise ArtifactError(f"cannot write {path}: {_reason(error)}") from error
 
 

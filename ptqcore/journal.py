@@ -83,17 +83,18 @@ class Journal:
             entry: dict[str, Any] = json.loads(self._entry(index).read_text(encoding="utf-8"))
             if entry["path"] != block.path or files.digest(self._tensors(index)) != entry["sha256"]:
                 return None
-            tensors = load_file(self._tensors(index))
-        except (OSError, ValueError, KeyError, SafetensorError):
+            tensors, tied = load_file(self._tensors(index)), dict(entry["tied"])
+            layers = {path: LayerEntry.model_validate(layer) for path, layer in entry["quantized"].items()}
+            figures = entry["result"]
+            result = BlockResult(
+                BlockRecord(**figures["block"]), [_layer_record(layer) for layer in figures["layers"]]
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
             return None
-        layers = {path: LayerEntry.model_validate(layer) for path, layer in entry["quantized"].items()}
         build_layers(block.model, layers)
-        load_tensors(block.module, tensors, entry["tied"])
+        load_tensors(block.module, tensors, tied)
         block.module.requires_grad_(False)
-        result = entry["result"]
-        return BlockResult(
-            BlockRecord(**result["block"]), [_layer_record(layer) for layer in result["layers"]]
-        )
+        return result
 
     def _tensors(self, index: int) -> Path:
         return self._folder / f"block-{index:04d}.safetensors"

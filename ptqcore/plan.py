@@ -22,6 +22,7 @@ class Plan:
     recipe: Recipe
     plugin: str
     task_class: type[Task]
+    task_owner: str
     task_options: TaskOptions
     step_classes: list[tuple[type[Step], StepOptions]]
     exporters: list[Exporter]
@@ -35,7 +36,14 @@ class Plan:
             {"name": entry.name, "options": options.model_dump(mode="json")}
             for entry, (_, options) in zip(self.recipe.steps, self.step_classes, strict=True)
         ]
-        return Recipe.model_validate(self.recipe.model_dump() | {"task": task, "steps": steps})
+        quant = self.recipe.quant.model_dump()
+        for key in ("weights", "activations"):
+            used: TensorQuant | None = getattr(self.recipe.quant, key)
+            if used is not None:
+                options = self.observer(used).options.model_dump(mode="json")
+                quant[key]["observer"] = {"name": used.observer.name, "options": options}
+        changed = {"task": task, "quant": quant, "steps": steps}
+        return Recipe.model_validate(self.recipe.model_dump() | changed)
 
     def task(self, workspace: Path) -> Task:
         """The task of this run."""
@@ -65,14 +73,15 @@ def make_plan(recipe: Recipe, plugin: str, registry: Registry) -> Plan:
     for index, entry in enumerate(recipe.steps):
         step_class = _find(registry, "steps", entry.name, plugin, Step)
         steps.append((step_class, _options(step_class, entry.options, f"steps.{index}.{entry.name}")))
-    for quant in (recipe.quant.weights, recipe.quant.activations):
-        if quant is not None:
-            make_observer(registry, plugin, quant)
+    for key in ("weights", "activations"):
+        if (quant := getattr(recipe.quant, key)) is not None:
+            make_observer(registry, plugin, quant, f"quant.{key}.observer")
     exporters = [_exporter(registry, plugin, entry, recipe) for entry in recipe.export]
-    return Plan(recipe, plugin, task_class, task_options, steps, exporters, registry)
+    owner = registry.owner("tasks", recipe.task.kind, plugin)
+    return Plan(recipe, plugin, task_class, owner, task_options, steps, exporters, registry)
 
 
-def make_observer(registry: Registry, plugin: str, quant: TensorQuant) -> Observer:
+def make_observer(registry: Registry, plugin: str, quant: TensorQuant, place: str = "observer") -> Observer:
     """A new observer as a `TensorQuant` names it.
 
     Raises:
@@ -80,7 +89,7 @@ def make_observer(registry: Registry, plugin: str, quant: TensorQuant) -> Observ
     """
     entry = quant.observer
     observer_class = _find(registry, "observers", entry.name, plugin, Observer)
-    options = _options(observer_class, entry.options, f"observer.{entry.name}")
+    options = _options(observer_class, entry.options, f"{place}.{entry.name}")
     return observer_class(quant.spec, **options.model_dump())
 
 

@@ -1,7 +1,7 @@
 """The door: what a plugin brings, and how plugins are found."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -107,8 +107,8 @@ class Registry:
                     f"{entry.reason}"
                 )
         known = [entry.name for entry in self.installed if entry.plugin]
-        hint = nearest(name, known) if known else "; no plugin is installed"
-        raise PluginError(f"plugin {name!r} is not installed{hint}; to add it: pip install ptq-{name}")
+        hint = nearest(name, known) if known else "; no plugin is"
+        raise PluginError(f"plugin {name!r} is not installed{hint} (to add it: pip install ptq-{name})")
 
     def find(self, kind: str, name: str, asking: str) -> Any:
         """The class behind a name.
@@ -120,20 +120,26 @@ class Registry:
 
         Raises:
             RecipeError: if no plugin, or more than one, brings the name.
-            PluginError: if the class cannot be imported.
+            PluginError: if the asking or named plugin is not installed, or the class cannot be imported.
         """
-        owner, _, bare = name.rpartition(":")
-        owners = [owner] if owner else self._owners(kind, bare, asking)
-        if owner:
-            self.plugin(owner) if owner != CORE else None
+        bare = name.rpartition(":")[2]
+        owner = self.owner(kind, name, asking)
+        return resolve(getattr(self._plugins[owner], kind)[bare], owner)
+
+    def owner(self, kind: str, name: str, asking: str) -> str:
+        """The plugin behind a name; arguments and errors as of `find`."""
+        stated, colon, bare = name.rpartition(":")
+        needed = stated if colon else asking
+        if needed != CORE:
+            self.plugin(needed)
+        owners = [stated] if colon else self._owners(kind, bare, asking)
         if len(owners) > 1:
             choices = " or ".join(f"{plugin}:{bare}" for plugin in owners)
             raise RecipeError(f"{kind[:-1]} {bare!r} is brought by several plugins: write {choices}")
-        table: Mapping[str, str] = getattr(self._plugins[owners[0]], kind) if owners else {}
-        if bare not in table:
+        if not owners or bare not in getattr(self._plugins[owners[0]], kind):
             known = {n for plugin in self._plugins.values() for n in getattr(plugin, kind)}
             raise RecipeError(f"{kind[:-1]} {name!r} is unknown{nearest(bare, known)}")
-        return resolve(table[bare], owners[0])
+        return owners[0]
 
     def _owners(self, kind: str, name: str, asking: str) -> list[str]:
         owners = [plugin for plugin, entry in self._plugins.items() if name in getattr(entry, kind)]
@@ -175,23 +181,23 @@ def resolve(target: str, plugin: str) -> Any:
     module, _, attribute = target.partition(":")
     try:
         return getattr(import_module(module), attribute)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PluginError(f"plugin {plugin!r} cannot import {target}: {_reason(error)}") from error
 
 
 def discover() -> Registry:
     """Find the installed plugins; one that cannot be loaded is kept with the reason, never fatal."""
-    found: dict[str, Installed] = {}
-    for entry in sorted(entry_points(group=GROUP), key=lambda e: (e.name, e.value)):
-        installed = _load(entry)
-        if entry.name == CORE or entry.name in found:
-            other = "the core" if entry.name == CORE else found[entry.name].distribution
-            reason = f"the name {entry.name!r} is already taken by {other}"
-            installed = Installed(f"{entry.name}", installed.distribution, installed.version, None, reason)
-            found[f"{entry.name} of {installed.distribution}"] = installed
-        else:
-            found[entry.name] = installed
-    return Registry(list(found.values()))
+    loaded = [_load(entry) for entry in sorted(entry_points(group=GROUP), key=lambda e: (e.name, e.value))]
+    taken = {CORE: "the core"}
+    installed = []
+    for found in sorted(loaded, key=lambda found: (found.name, found.plugin is None)):
+        if found.name in taken:
+            reason = found.reason or f"the name {found.name!r} is already taken by {taken[found.name]}"
+            found = replace(found, plugin=None, reason=reason)
+        elif found.plugin is not None:
+            taken[found.name] = found.distribution
+        installed.append(found)
+    return Registry(installed)
 
 
 def _load(entry: EntryPoint) -> Installed:
@@ -206,6 +212,10 @@ def _load(entry: EntryPoint) -> Installed:
         return broken(f"{entry.value} is a {type(plugin).__name__}, not a ptqcore.Plugin")
     if plugin.name != entry.name:
         return broken(f"its entry point is named {entry.name!r} but the plugin {plugin.name!r}")
+    try:
+        _ = plugin.recipe_files
+    except Exception as error:
+        return broken(_reason(error))
     return Installed(entry.name, distribution, version, plugin)
 
 

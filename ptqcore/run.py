@@ -30,6 +30,8 @@ from ptqcore.step import Context, Step
 from ptqcore.task import Task
 from ptqcore.version import __version__
 
+EXPORTS = "exports"
+
 
 def quantize(
     recipe: Recipe, plugin: str, output: Path, resume: bool = False, registry: Registry | None = None
@@ -60,6 +62,7 @@ def quantize(
         run.load()
         run.walk()
         run.finish()
+        files.remove(output / EXPORTS)  # formats of an earlier artifact that this one has not
         files.move_into(work / "artifact", output)
         files.remove(work)
     return run.record
@@ -115,7 +118,9 @@ class _Run:
             flow = trace(model, lambda: task.forward(model, samples[0]))
             context = Context(recipe.quant, self.plan.observer, task.excluded(model), recipe.seed)
             blocks = find_blocks(model, flow, set(context.excluded), recipe.blocks)
-            audit.check_targets(blocks, context)
+            targets = audit.check_targets(blocks, context)
+            for exporter in self.plan.exporters:
+                exporter.check_layers(recipe.quant, targets)
         with self.phase("metrics before"):
             self.record.before = task.evaluate(model)
         self.prepared = _Prepared(model, samples, flow, context, blocks)
@@ -188,7 +193,7 @@ class _Run:
         assets = files.folder(staging / artifact.ASSETS_FOLDER)
         with files.writing(assets):
             self.task.save_assets(assets)
-        artifact.save(model, staging, self.plan.plugin, self.task.name, __version__)
+        artifact.save(model, staging, self.plan.task_owner, self.task.name, __version__)
         self.record.size_bytes["after"] = (staging / artifact.MODEL_FILE).stat().st_size
         restored = artifact.restore(staging, lambda _: self.task.build(assets))
         sample = self.prepared.samples[0]
@@ -203,7 +208,7 @@ class _Run:
 
     def _export(self, exporter: Exporter, model: nn.Module, staging: Path) -> ExportRecord:
         """Write one format and read it back."""
-        folder = files.folder(staging / "exports" / exporter.name)
+        folder = files.folder(staging / EXPORTS / exporter.name)
         with files.writing(folder):
             exporter.export(model, self.task, folder)
         difference = exporter.verify(model, folder)
@@ -211,5 +216,5 @@ class _Run:
             raise ExportError(
                 f"{exporter.name}: the weights read back from its files differ by up to {difference:.3g}"
             )
-        final = self.output.resolve() / "exports" / exporter.name
+        final = self.output.resolve() / EXPORTS / exporter.name
         return ExportRecord(str(final), verified=True, largest_difference=difference)

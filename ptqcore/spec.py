@@ -43,7 +43,9 @@ class QuantSpec(BaseModel):
         if self.dtype != "int" and not self.symmetric:
             raise ValueError(f"symmetric false with dtype {self.dtype}: float formats have no zero point")
         if self.signed_scale and (self.is_float or not self.symmetric or self.dynamic):
-            raise ValueError("signed_scale true: only static symmetric integer grids can turn around")
+            raise ValueError(
+                "signed_scale true: only static symmetric integer grids have one, set it to false"
+            )
         if self.granularity == "group" and self.group_size is None:
             raise ValueError("granularity group without group_size: give the number of values per group")
         if self.granularity != "group" and self.group_size is not None:

@@ -6,12 +6,15 @@ from fnmatch import fnmatchcase
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
-from torch import nn
+from torch import Tensor, nn
 
 from ptqcore.blocks import Block
 from ptqcore.calibration import Calibration
 from ptqcore.dataflow import Dataflow
+from ptqcore.errors import ModelError
+from ptqcore.modules import QuantModule
 from ptqcore.observers import Observer
+from ptqcore.packed import QuantizedTensor
 from ptqcore.recipe import QuantSection, TensorQuant
 
 
@@ -60,6 +63,33 @@ class Step:
     def __init__(self, options: StepOptions, context: Context) -> None:
         self.options = options
         self.context = context
+
+    def weight_range(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The range that the recipe's observer chooses for a weight [rows, ...]."""
+        observer = self.context.observer(self.context.quant.weights)
+        observer.update(weight.detach().flatten(1).float())
+        return observer.range()
+
+    def quantize_layer(
+        self, block: Block, calibration: Calibration, path: str, weight: QuantizedTensor
+    ) -> QuantModule:
+        """Replace the float layer at `path` by one with this weight, its input on the recipe's grid.
+
+        Raises:
+            ModelError: if the input's range is static and no calibration sample reached the layer.
+        """
+        activations = self.context.quant.activations
+        quantized = block.quantize_layer(path, weight, None if activations is None else activations.spec)
+        if activations is None or activations.dynamic or quantized.input_quantizer is None:
+            return quantized
+        observer = calibration.observer(path)
+        if observer is None:
+            raise ModelError(
+                f"layer {path!r} received no calibration input, so its static input range is unknown: "
+                "use more samples, dynamic activations, or add it to quant.ignore"
+            )
+        quantized.input_quantizer.set_range(*observer.range())
+        return quantized
 
     def prepare(self, model: nn.Module, flow: Dataflow) -> None:
         """Called once before the walk, with the full-precision model and one traced forward pass."""

@@ -15,7 +15,7 @@ def summarize(record: RunRecord, folder: Path) -> str:
         f"peak memory {record.peak_memory_bytes / 1e9:.2f} GB, "
         f"{len(record.layers)} layers quantized, {len(record.skipped)} left in full precision",
         *(_row(name, f"{record.before[name]:.5g} -> {value:.5g}") for name, value in record.after.items()),
-        _row("size", f"{before / 1e6:.1f} MB -> {after / 1e6:.1f} MB ({before / after:.2f}x smaller)"),
+        _row("size", f"{_size(before)} -> {_size(after)} ({before / after:.2f}x smaller)"),
         _row("artifact", str(folder)),
         _row("report", str(folder / "report.html")),
     ]
@@ -26,6 +26,10 @@ def summarize(record: RunRecord, folder: Path) -> str:
 
 def _row(name: str, text: str) -> str:
     return f"  {name:<16}{text}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
 def describe_plugins(registry: Registry) -> str:

@@ -62,8 +62,9 @@ def _check_classes(plugin: Plugin) -> list[str]:
             if not (isinstance(found, type) and issubclass(found, base)):
                 raise PluginError(f"{target} is listed under {kind} but is no subclass of {base.__name__}")
             listed: Any = found
-            if listed.name != name:
-                raise PluginError(f"{target} is listed as {name!r} but its name is {listed.name!r}")
+            own = getattr(listed, "name", None)
+            if own != name:
+                raise PluginError(f"{target} is listed as {name!r} but its name is {own!r}")
             if issubclass(found, Observer):
                 _check_observer(found)
             done.append(f"{kind[:-1]} {name!r} keeps its contract")
@@ -90,7 +91,7 @@ def _check_observer(kind: type[Observer]) -> None:
                     f"observer {kind.name!r} gives a {end} end of shape {tuple(tensor.shape)} for a range "
                     f"per {spec.granularity}; expected {layout}"
                 )
-        if bool((low > 0).any() or (high < 0).any()):
+        if not bool((low <= 0).all() and (high >= 0).all()):
             raise PluginError(f"observer {kind.name!r} gives a range that does not contain 0")
 
 

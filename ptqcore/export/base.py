@@ -23,6 +23,13 @@ class Exporter(ABC):
             ExportError: one sentence that names the key and what the format takes.
         """
 
+    def check_layers(self, quant: QuantSection, layers: dict[str, nn.Module]) -> None:  # noqa: B027
+        """Refuse, before anything is quantized, layers that the format cannot hold; by default none.
+
+        Raises:
+            ExportError: one sentence that names the layer.
+        """
+
     @abstractmethod
     def export(self, model: nn.Module, task: Task, folder: Path) -> None:
         """Write the files into `folder` (it exists and is empty)."""

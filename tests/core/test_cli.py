@@ -40,7 +40,7 @@ def ptq(monkeypatch, capsys):
 def fresh(code: str, *arguments: str) -> str:
     """Standard output of a fresh interpreter that must succeed."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, *arguments]
+    command = [sys.executable, "-P", "-c", code, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout

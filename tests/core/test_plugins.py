@@ -226,7 +226,7 @@ def test_a_name_of_a_plugin_that_is_not_installed_says_how_to_get_it():
         registry_of(Plugin("guest")).find("steps", "absent:stretch", "guest")
     message = str(caught.value)
     assert message.startswith("plugin 'absent' is not installed")
-    assert message.endswith("pip install ptq-absent")
+    assert "pip install ptq-absent" in message
 
 
 def test_names_of_a_broken_plugin_are_not_found_but_explained():

@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ptqcore.report import charts, render
-from ptqcore.report.page import change, duration, limits, signed, size, sortable
+from ptqcore.report import charts
+from ptqcore.report.page import change, duration, limits, render, signed, size, sortable
 from ptqcore.report.record import BlockRecord, ExportRecord, LayerRecord, RunRecord
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ptq_llm import models, text
 from ptq_llm.metrics import Judge
-from ptqcore import DataError, Task, TaskOptions, write_tensors
+from ptqcore import DataError, Task, TaskOptions, digest_of, write_tensors
 
 SELF = "self"
 _WRITTEN_FOR_EVALUATION = 8
@@ -99,7 +99,7 @@ class CausalLM(Task):
         source = self.options.calibration
         if source == SELF:
             return None
-        tokens = text.read_tokens(source, "task.calibration", self._tokenizer)
+        tokens = self._read(source, "task.calibration")
         label = f"task.calibration {source!r}"
         return text.spread_windows(
             tokens, self.options.calibration_window, self.options.calibration_samples, label
@@ -109,8 +109,18 @@ class CausalLM(Task):
         source = self.options.text
         if source == SELF:
             return None
-        tokens = text.read_tokens(source, "task.text", self._tokenizer)
+        tokens = self._read(source, "task.text")
         return text.windows(tokens, self.options.window, self.options.max_windows, f"task.text {source!r}")
+
+    def _read(self, path: str, key: str) -> Tensor:
+        tokens = text.read_tokens(path, key, self._tokenizer)
+        known = self._model.get_input_embeddings().num_embeddings
+        if len(tokens) and int(tokens.max()) >= known:
+            raise DataError(
+                f"{key} {path!r} holds token {int(tokens.max())}, but the model knows {known} tokens: "
+                "its folder has the tokenizer of another model"
+            )
+        return tokens
 
     def _count_for_calibration(self) -> int:
         return self.options.calibration_samples if self.options.calibration == SELF else 0
@@ -122,7 +132,8 @@ class CausalLM(Task):
             held_out = min(options.max_windows or _WRITTEN_FOR_EVALUATION, _WRITTEN_FOR_EVALUATION)
             count = self._count_for_calibration() + (held_out if options.text == SELF else 0)
             length = max(options.window, options.calibration_window)
-            file = self.workspace / f"written-{count}x{length}-seed{self.seed}.safetensors"
+            model = digest_of(dict(self._model.state_dict()))[:16]
+            file = self.workspace / f"written-{model}-{count}x{length}-seed{self.seed}.safetensors"
             if not file.is_file():
                 special = list(self._tokenizer.all_special_ids)
                 write_tensors(file, {"tokens": text.write(self._model, special, count, length, self.seed)})

@@ -43,6 +43,12 @@ class CompressedTensors(Exporter):
     def check(self, quant: QuantSection) -> None:
         refuse((quant.weights.spec, None if quant.activations is None else quant.activations.spec))
 
+    def check_layers(self, quant: QuantSection, layers: dict[str, nn.Module]) -> None:
+        for name, layer in layers.items():
+            if not isinstance(layer, nn.Linear):
+                raise _not_linear(name)
+            _refuse_ragged(name, layer.in_features, quant.weights.group_size)
+
     def export(self, model: nn.Module, task: Task, folder: Path) -> None:
         layers = _quantized_layers(model)
         for name, layer in layers.items():
@@ -87,7 +93,7 @@ def _quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
         if not isinstance(module, QuantModule):
             continue
         if not isinstance(module, QuantLinear):
-            raise ExportError(f"export compressed-tensors holds linear layers only, and {name} is not one")
+            raise _not_linear(name)
         if module is tied:
             raise ExportError(
                 f"export compressed-tensors cannot hold a quantized {name} that is tied to the "
@@ -122,15 +128,22 @@ def _refuse_layer(name: str, layer: QuantLinear) -> None:
         ExportError: naming the layer.
     """
     refuse(_scheme(layer))
-    size, inputs = layer.weight_spec.group_size, layer.input_quantizer
-    if size is not None and layer.in_features % size:
-        raise ExportError(
-            f"export compressed-tensors cannot hold {name}: its {layer.in_features} inputs are not a "
-            f"multiple of quant.weights.group_size {size}, set another size or add the layer to "
-            "quant.ignore"
-        )
+    _refuse_ragged(name, layer.in_features, layer.weight_spec.group_size)
+    inputs = layer.input_quantizer
     if inputs is not None and inputs.scale is not None and not torch.isfinite(inputs.scale).all():
         raise ExportError(f"export compressed-tensors: the input of {name} has no calibrated range")
+
+
+def _not_linear(name: str) -> ExportError:
+    return ExportError(f"export compressed-tensors holds linear layers only, and {name} is not one")
+
+
+def _refuse_ragged(name: str, columns: int, size: int | None) -> None:
+    if size is not None and columns % size:
+        raise ExportError(
+            f"export compressed-tensors cannot hold {name}: its {columns} inputs are not a multiple of "
+            f"quant.weights.group_size {size}, set another size or add the layer to quant.ignore"
+        )
 
 
 def _plain_tensors(model: nn.Module, layers: dict[str, QuantLinear]) -> Iterator[tuple[str, Tensor]]:

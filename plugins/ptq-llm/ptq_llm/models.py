@@ -98,14 +98,20 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> LanguageModel:
         raise ModelError(f"task.model {str(folder)!r} is quantized already: give the full-precision model")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
         )
         model, report = loaded
     except Exception as error:
         raise ModelError(
             f"task.model {str(folder)!r}: its weights cannot be loaded: {_line(error)}"
         ) from error
-    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
+    missing = sorted(report["missing_keys"]) + sorted(mismatched)
     if missing:
         raise ModelError(
             f"task.model {str(folder)!r}: {len(missing)} tensors are missing or of another shape, "

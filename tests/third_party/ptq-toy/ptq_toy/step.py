@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ptqcore import Block, Calibration, FakeQuant, ModelError, QuantizedTensor, QuantSpec, Step, StepOptions
+from ptqcore import Block, Calibration, QuantizedTensor, QuantSpec, Step, StepOptions
 
 
 class ErrorFeedbackOptions(StepOptions):
@@ -31,19 +31,9 @@ class ErrorFeedbackRound(Step):
                 self._quantize(block, calibration, path, layer)
 
     def _quantize(self, block: Block, calibration: Calibration, path: str, layer: nn.Module) -> None:
-        weights, activations = self.context.quant.weights, self.context.quant.activations
-        weight = layer.get_parameter("weight")
-        observer = self.context.observer(weights)
-        observer.update(weight.detach().flatten(1).float())
-        rounded = round_with_feedback(weight, observer.range(), weights.spec, self.options.strength)
-        inputs = calibration.observer(path)
-        quantized = block.quantize_layer(path, rounded, None if activations is None else activations.spec)
-        if activations is None or activations.dynamic:
-            return
-        if inputs is None:
-            raise ModelError(f"layer {path!r} received no calibration input")
-        assert isinstance(quantized.input_quantizer, FakeQuant)
-        quantized.input_quantizer.set_range(*inputs.range())
+        weight, spec = layer.get_parameter("weight"), self.context.quant.weights.spec
+        rounded = round_with_feedback(weight, self.weight_range(weight), spec, self.options.strength)
+        self.quantize_layer(block, calibration, path, rounded)
 
 
 def round_with_feedback(
