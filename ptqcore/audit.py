@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from ptqcore import grid
 from ptqcore.blocks import Block
 from ptqcore.calibration import Calibration
-from ptqcore.errors import ModelError
+from ptqcore.errors import ModelError, RecipeError, nearest
 from ptqcore.modules import QuantModule, quantizable_layers
 from ptqcore.report.record import LayerRecord
 from ptqcore.step import Context
@@ -66,8 +67,13 @@ def check_targets(blocks: list[Block], context: Context) -> dict[str, nn.Module]
     """The layers that are to be quantized, by path.
 
     Raises:
+        RecipeError: if `quant.ignore` names what does not exist.
         ModelError: if no layer is left to quantize.
     """
+    paths = [path for path, _ in blocks[0].model.named_modules()]
+    for glob in context.quant.ignore:
+        if not any(fnmatchcase(path, glob) for path in paths):
+            raise RecipeError(f"recipe key 'quant.ignore': {glob!r} matches no layer{nearest(glob, paths)}")
     targets = {path: layer for block in blocks for path, layer in context.targets(block).items()}
     if not targets:
         kinds = sorted({type(m).__name__ for m in blocks[0].model.modules() if not list(m.children())})

@@ -127,9 +127,7 @@ def _matching(model: nn.Module, flow: Dataflow, glob: str) -> list[str]:
     parts = glob.count(".")
     matched = {path for path in paths if fnmatchcase(path, glob) and path.count(".") == parts}
     if not matched:
-        raise ModelError(
-            f"recipe key 'blocks' is {glob!r} and matches no module{nearest(glob, paths[:200])}"
-        )
+        raise ModelError(f"recipe key 'blocks' is {glob!r} and matches no module{nearest(glob, paths)}")
     order = [call.path for call in flow.calls if call.path in matched]
     if not order:
         raise ModelError(

@@ -20,6 +20,7 @@ app.add_typer(recipe_app, name="recipe")
 PluginName = Annotated[
     str, typer.Option("--plugin", help="Name of an installed plugin; see `ptq plugins`.")
 ]
+AnyPlugin = Annotated[str | None, typer.Option("--plugin", help="Only this plugin's; by default all.")]
 RecipeName = Annotated[
     str | None, typer.Option("--recipe", help="One of the plugin's recipes, or a YAML file.")
 ]
@@ -67,21 +68,23 @@ def plugins() -> None:
 
 
 @recipe_app.command("list")
-def list_recipes(plugin: PluginName) -> None:
-    """List a plugin's recipes with their descriptions."""
+def list_recipes(plugin: AnyPlugin = None) -> None:
+    """List recipes with their descriptions."""
     from ptqcore.plugin import discover
     from ptqcore.recipe import read_recipe
 
-    owner = discover().plugin(plugin)
-    for name, file in owner.recipe_files.items():
-        default = " (default)" if name == owner.default_recipe else ""
-        typer.echo(f"{name}{default}: {read_recipe(file).description}")
+    registry = discover()
+    for name in [plugin] if plugin else registry.versions():
+        owner = registry.plugin(name)
+        for recipe, file in owner.recipe_files.items():
+            default = " (default)" if recipe == owner.default_recipe else ""
+            typer.echo(f"{name} {recipe}{default}: {read_recipe(file).description}")
 
 
 @recipe_app.command("show")
 def show_recipe(
-    name: Annotated[str, typer.Argument(help="One of the plugin's recipes, or a YAML file.")],
-    plugin: PluginName = "llm",
+    name: Annotated[str, typer.Argument(help="A plugin's recipe, or a YAML file.")],
+    plugin: AnyPlugin = None,
     overrides: Overrides = None,
 ) -> None:
     """Print a recipe as it would run: overrides applied, every default written out, every name checked."""
@@ -90,8 +93,9 @@ def show_recipe(
     from ptqcore.recipe import read_recipe
 
     registry = discover()
-    recipe = read_recipe(registry.recipe_file(name, plugin), overrides or ())
-    typer.echo(make_plan(recipe, plugin, registry).resolved.to_yaml(), nl=False)
+    owner = plugin or registry.recipe_owner(name)
+    recipe = read_recipe(registry.recipe_file(name, owner), overrides or ())
+    typer.echo(make_plan(recipe, owner, registry).resolved.to_yaml(), nl=False)
 
 
 @recipe_app.command("schema")
@@ -99,9 +103,10 @@ def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
     import json
 
-    from ptqcore.recipe import Recipe
+    from ptqcore.plan import recipe_schema
+    from ptqcore.plugin import discover
 
-    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+    typer.echo(json.dumps(recipe_schema(discover()), indent=2))
 
 
 def main() -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+_MOST_SHOWN = 30
+
 
 class PtqError(Exception):
     """Base of every error that the command line prints as one sentence with exit code 2."""
@@ -33,9 +35,9 @@ class ExportError(PtqError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or the list of what is known."""
+    """`; did you mean 'x'?`, or what is known, where that is short."""
     names = sorted(known)
     close = get_close_matches(name, names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; known: {', '.join(names)}" if names else ""
+    return f"; known: {', '.join(names)}" if 0 < len(names) <= _MOST_SHOWN else ""

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from ptqcore.errors import PluginError, RecipeError
 from ptqcore.export.base import Exporter
 from ptqcore.observers import Observer
-from ptqcore.plugin import Registry
+from ptqcore.plugin import CORE, Registry
 from ptqcore.recipe import Entry, Recipe, TensorQuant, validate
 from ptqcore.step import Context, Step, StepOptions
 from ptqcore.task import Task, TaskOptions
@@ -59,14 +59,15 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, plugin: str, registry: Registry) -> Plan:
-    """Resolve a recipe for a plugin.
+    """Resolve a recipe; the names of `plugin` come first.
 
     Raises:
         RecipeError: if a name is unknown or an option is wrong.
         PluginError: if the plugin, or one that the recipe needs, is missing or broken.
         ExportError: if a format cannot express the recipe.
     """
-    registry.plugin(plugin)
+    if plugin != CORE:
+        registry.plugin(plugin)
     task_class = _find(registry, "tasks", recipe.task.kind, plugin, Task)
     task_options = _options(task_class, recipe.task.options, "task")
     steps = []
@@ -110,3 +111,19 @@ def _find(registry: Registry, kind: str, name: str, plugin: str, base: type) -> 
 
 def _options(owner: Any, options: dict[str, Any], place: str) -> Any:
     return validate(cast(type[BaseModel], owner.Options), options, place)
+
+
+def recipe_schema(registry: Registry) -> dict[str, Any]:
+    """JSON schema of recipes, the `task` section with the options of every installed task."""
+    schema = Recipe.model_json_schema()
+    schema["required"].remove("name")  # a file's own name is its default
+    sections = []
+    for plugin, name in registry.names("tasks"):
+        options = registry.find("tasks", f"{plugin}:{name}", plugin).Options.model_json_schema()
+        schema["$defs"] |= options.pop("$defs", {})
+        kind = {"enum": [name, f"{plugin}:{name}"]}
+        options["properties"] = {"kind": kind} | options.get("properties", {})
+        sections.append(options | {"title": f"{plugin}:{name}", "required": ["kind"]})
+    if sections:
+        schema["properties"]["task"] = {"anyOf": sections}
+    return schema

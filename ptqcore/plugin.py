@@ -87,6 +87,10 @@ class Registry:
             entry.name: entry.plugin for entry in installed if entry.plugin is not None
         }
 
+    def names(self, kind: str) -> list[tuple[str, str]]:
+        """All (plugin, name) of a kind: `tasks`, `steps`, `observers` or `exporters`."""
+        return [(plugin, name) for plugin, entry in self._plugins.items() for name in getattr(entry, kind)]
+
     def versions(self) -> dict[str, str]:
         """Name → version of the plugins that could be loaded."""
         return {entry.name: entry.version for entry in self.installed if entry.plugin is not None}
@@ -159,9 +163,9 @@ class Registry:
         Raises:
             RecipeError: if there is none of that name.
         """
-        owner = self.plugin(plugin)
-        if name is not None and Path(name).suffix in (".yaml", ".yml"):
+        if name is not None and is_file_name(name):
             return Path(name)
+        owner = self.plugin(plugin)
         wanted = name or owner.default_recipe
         if wanted is None:
             raise RecipeError(f"plugin {plugin!r} has no default recipe: name one with --recipe")
@@ -170,6 +174,27 @@ class Registry:
                 f"recipe {wanted!r} of plugin {plugin!r} is unknown{nearest(wanted, owner.recipe_files)}"
             )
         return owner.recipe_files[wanted]
+
+    def recipe_owner(self, name: str) -> str:
+        """The plugin that has a recipe of that name; the core for a file.
+
+        Raises:
+            RecipeError: if none, or more than one, has it.
+        """
+        if is_file_name(name):
+            return CORE
+        owners = [plugin for plugin, entry in self._plugins.items() if name in entry.recipe_files]
+        if len(owners) > 1:
+            raise RecipeError(f"recipe {name!r} is brought by {' and '.join(owners)}: add --plugin")
+        if not owners:
+            known = {n for plugin in self._plugins.values() for n in plugin.recipe_files}
+            raise RecipeError(f"recipe {name!r} is unknown{nearest(name, known)}")
+        return owners[0]
+
+
+def is_file_name(recipe: str) -> bool:
+    """Whether a recipe is named by its file."""
+    return Path(recipe).suffix in (".yaml", ".yml")
 
 
 def resolve(target: str, plugin: str) -> Any:

@@ -5,7 +5,17 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from ptqcore.errors import RecipeError, nearest
 from ptqcore.spec import QuantSpec
@@ -20,6 +30,19 @@ class Entry(BaseModel):
 
     name: str
     options: dict[str, Any] = {}
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """The short forms too, for editors."""
+        one_key = {
+            "type": "object",
+            "minProperties": 1,
+            "maxProperties": 1,
+            "additionalProperties": {"type": ["object", "null"]},
+        }
+        return {"anyOf": [{"type": "string"}, one_key, handler(core_schema)]}
 
     @model_validator(mode="before")
     @classmethod

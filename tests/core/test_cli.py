@@ -133,8 +133,8 @@ def test_recipe_list_names_every_recipe_with_its_description(ptq):
     code, out, _ = ptq("recipe", "list", "--plugin", "llm")
     assert code == 0
     lines = dict(line.split(": ", 1) for line in out.splitlines())
-    assert [name.removesuffix(" (default)") for name in lines] == LLM_RECIPES
-    assert [name for name in lines if name.endswith("(default)")] == ["w4a16-g64 (default)"]
+    assert [name.removesuffix(" (default)") for name in lines] == [f"llm {name}" for name in LLM_RECIPES]
+    assert [name for name in lines if name.endswith("(default)")] == ["llm w4a16-g64 (default)"]
     assert all(lines.values())
 
 
@@ -179,7 +179,7 @@ SHOW = ("recipe", "show", "w4a16-g64", "--set")
         (["recipe", "list", "--plugin", "vision"], "plugin 'vision' is not installed"),
         (
             ["recipe", "show", "w4a16"],
-            "recipe 'w4a16' of plugin 'llm' is unknown; did you mean 'w4a16-g64'?",
+            "recipe 'w4a16' is unknown; did you mean 'w4a16-g64'?",
         ),
         (["quantize", "--plugin", "llm", "--recipe", "no.yaml"], "recipe no.yaml cannot be read: "),
         ([*SHOW, "quant.weights.bts=4"], "'quant.weights.bts' is unknown; did you mean 'bits'?"),
