@@ -54,10 +54,17 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=True) + "\n")
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file atomically; the same tensors give the same bytes."""
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file atomically; the same tensors give the same bytes.
+
+    Raises:
+        ArtifactError: if it cannot be written.
+    """
     with writing(path), _replacing(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        temporary.chmod(mode)  # safetensors would keep it from everybody else
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
 

@@ -163,9 +163,9 @@ class Registry:
         Raises:
             RecipeError: if there is none of that name.
         """
+        owner = BUILT_IN if plugin == CORE else self.plugin(plugin)
         if name is not None and is_file_name(name):
             return Path(name)
-        owner = self.plugin(plugin)
         wanted = name or owner.default_recipe
         if wanted is None:
             raise RecipeError(f"plugin {plugin!r} has no default recipe: name one with --recipe")

@@ -10,6 +10,8 @@ from ptqcore import grid
 from ptqcore.observers.base import ObserverOptions
 from ptqcore.observers.samples import SampleObserver
 
+_VALUES_AT_A_TIME = 2**17  # few enough to stay in the cache of a core through all candidates
+
 
 class MSEOptions(ObserverOptions):
     """norm: exponent p of the error; candidates, shrink: ranges tried, from 1 down to 1 − shrink."""
@@ -30,10 +32,17 @@ class MSE(SampleObserver):
     Options: ClassVar[type[ObserverOptions]] = MSEOptions
 
     def range(self) -> tuple[Tensor, Tensor]:
-        options: MSEOptions = self.options  # type: ignore[assignment]
         values = self.values().nan_to_num(nan=0.0)
         exact_low, exact_high = self.exact_range()
         low, high = exact_low.float().reshape(-1, 1), exact_high.float().reshape(-1, 1)
+        rows = max(1, _VALUES_AT_A_TIME // values.shape[1])
+        parts = zip(values.split(rows), low.split(rows), high.split(rows), strict=True)
+        ratio = torch.cat([self._best_ratio(*part) for part in parts]).view_as(exact_low)
+        return exact_low * ratio, exact_high * ratio
+
+    def _best_ratio(self, values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Share [scales, 1] of the ranges [scales, 1] with the least error on values [scales, n]."""
+        options: MSEOptions = self.options  # type: ignore[assignment]
         row_spec = self.spec.model_copy(
             update={"granularity": "channel", "group_size": None, "dynamic": False}
         )
@@ -47,4 +56,4 @@ class MSE(SampleObserver):
             better = total < best_error
             best_error = torch.where(better, total, best_error)
             best_ratio = torch.where(better, ratio, best_ratio)
-        return exact_low * best_ratio.view_as(exact_low), exact_high * best_ratio.view_as(exact_high)
+        return best_ratio

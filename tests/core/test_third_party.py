@@ -130,7 +130,7 @@ def test_it_is_listed_with_all_that_it_brings(environment):
 
 def test_its_recipes_are_listed(environment):
     lines = environment.ptq("recipe", "list", "--plugin", "toy").splitlines()
-    assert [line.partition(":")[0] for line in lines] == ["feedback-w4a8 (default)", "mixed-w4"]
+    assert [line.partition(":")[0] for line in lines] == ["toy feedback-w4a8 (default)", "toy mixed-w4"]
 
 
 def test_it_keeps_the_contract(environment, tmp_path):

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import ptqcore
-from ptqcore import ArtifactError, QuantLinear, artifact
+from ptqcore import MSE, ArtifactError, MinMax, QuantLinear, artifact
 from ptqcore.plugin import discover
 from ptqcore.recipe import read_recipe
 from ptqcore.rounding import Round
@@ -52,7 +52,8 @@ def quantized_in_memory(chosen, architecture="llama"):
     """The model rounded by a loop over its layers, without calibration."""
     quant = chosen.quant
     inputs = None if quant.activations is None else quant.activations.spec
-    return tiny_llama.quantize(tiny_lm.build(architecture), quant.weights.spec, inputs)
+    observe = {"minmax": MinMax, "mse": MSE}[quant.weights.observer.name]
+    return tiny_llama.quantize(tiny_lm.build(architecture), quant.weights.spec, inputs, observe=observe)
 
 
 def make_texts(folder):

@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import ptqcore
-from ptq_llm import compressed_tensors
 from ptq_llm.causal_lm import CausalLM
 from ptqcore import cli, files
 from ptqcore.rounding import Round
@@ -489,7 +488,7 @@ def full_at(monkeypatch):
     def full_at(number):
         count = 0
 
-        def failing(tensors, path, **options):
+        def failing(tensors, path, *metadata):
             nonlocal count
             count += 1
             if count == number:
@@ -497,10 +496,9 @@ def full_at(monkeypatch):
                 raise SafetensorError(
                     "Error while serializing: I/O error: No space left on device (os error 28)"
                 )
-            save_file(tensors, path, **options)
+            save_file(tensors, path, *metadata)
 
-        for module in (files, compressed_tensors):
-            monkeypatch.setattr(module, "save_file", failing)
+        monkeypatch.setattr(files, "save_file", failing)
 
     return full_at
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from ptq_llm.compressed_tensors import CompressedTensors
 from ptqcore import QuantizedTensor, QuantLinear, QuantSpec
-from ptqcore.observers import MinMax
+from ptqcore.observers import MinMax, Observer
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 GROUP, TOKEN = {"granularity": "group", "group_size": 32}, {"granularity": "token", "dynamic": True}
@@ -66,13 +66,17 @@ def tiny_llama(
 
 
 def quantize(
-    model: PreTrainedModel, weights: QuantSpec, inputs: QuantSpec | None = None, within: str = "layers"
+    model: PreTrainedModel,
+    weights: QuantSpec,
+    inputs: QuantSpec | None = None,
+    within: str = "layers",
+    observe: type[Observer] = MinMax,
 ) -> PreTrainedModel:
     """Round the linear layers whose path contains `within`; static inputs get the range [-3, 4]."""
     for name, layer in list(model.named_modules()):
         if type(layer) is not nn.Linear or within not in name:
             continue
-        observer = MinMax(weights)
+        observer = observe(weights)
         observer.update(layer.weight.detach())
         quantized = QuantLinear(layer, weights, inputs)
         quantized.set_weight(QuantizedTensor.from_range(layer.weight, *observer.range(), weights))

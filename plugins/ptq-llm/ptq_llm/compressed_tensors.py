@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ptq_llm.compressed_scheme import Scheme, format_of, quantization_config, refuse
@@ -21,6 +20,7 @@ from ptqcore import (
     QuantSection,
     Task,
     pack_bits,
+    write_tensors,
 )
 
 _WEIGHTS_FILE = "model.safetensors"
@@ -57,8 +57,8 @@ class CompressedTensors(Exporter):
         tensors = dict(_plain_tensors(model, layers))
         for name, layer in layers.items():
             tensors |= {f"{name}.{key}": tensor for key, tensor in _layer_tensors(layer).items()}
-        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(stored, folder / _WEIGHTS_FILE, metadata={"format": "pt"})
+        stored = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+        write_tensors(folder / _WEIGHTS_FILE, stored, {"format": "pt"})
         config = _read_config(folder)
         schemes = {name: _scheme(layer) for name, layer in layers.items()}
         config["quantization_config"] = quantization_config(schemes, _float_linears(model))
