@@ -116,10 +116,10 @@ def check_writable(folder: Path) -> None:
         probe.unlink()
 
 
-def move_into(source: Path, target: Path) -> None:
-    """Move every entry of `source` into `target`, replacing what has the same name."""
+def move_into(source: Path, target: Path, last: str) -> None:
+    """Move every entry of `source` into `target`, replacing what has the same name; `last` comes last."""
     with writing(target):
-        for entry in sorted(source.iterdir()):
+        for entry in sorted(source.iterdir(), key=lambda entry: (entry.name == last, entry.name)):
             destination = target / entry.name
             if destination.is_dir() and not destination.is_symlink():
                 shutil.rmtree(destination)

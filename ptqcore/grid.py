@@ -102,7 +102,8 @@ def scale_and_zero_point(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Te
     scale = torch.where(scale == 0, torch.ones_like(scale), scale).to(dtype)
     if spec.symmetric:
         return scale, None
-    return scale, torch.round(-low / scale).clamp(0, spec.levels).to(dtype)
+    zero_point = torch.round(-spec.middle - low / scale) + spec.middle
+    return scale, zero_point.clamp(0, spec.levels).to(dtype)
 
 
 def _scale(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
@@ -128,8 +129,18 @@ def _codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec)
     if spec.is_float:
         limit = float_max(spec)
         return scaled.clamp(-limit, limit).to(float_dtype(spec))
-    offset = spec.middle if zero_point is None else _spread(zero_point, spec)
-    return (torch.round(scaled) + offset).clamp(0, spec.levels)
+    return _unclipped(scaled, zero_point, spec).clamp(0, spec.levels)
+
+
+def _unclipped(scaled: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """Integer codes of x / scale before they are clipped.
+
+    The zero point is added before rounding, and counted from the middle of the grid, as engines with
+    signed integers do: so ties fall the same way there and here.
+    """
+    if zero_point is not None:
+        scaled = scaled + (_spread(zero_point, spec) - spec.middle)
+    return torch.round(scaled) + spec.middle
 
 
 def _values(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
@@ -159,7 +170,7 @@ def inside(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec)
     if spec.is_float:
         kept = scaled.abs() <= float_max(spec)
     else:
-        code = torch.round(scaled) + (spec.middle if zero_point is None else _spread(zero_point, spec))
+        code = _unclipped(scaled, zero_point, spec)
         kept = (code >= 0) & (code <= spec.levels)
     return merge_groups(kept, spec, x.shape[-1])
 

@@ -1,5 +1,6 @@
 """The corridor: a recipe goes in, an artifact with its exports, metrics and report comes out."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from ptqcore.task import Task
 from ptqcore.version import __version__
 
 EXPORTS = "exports"
+WORK = ".work"
+FILES = ("metrics.json", "recipe.yaml", "report.html")
 
 
 def quantize(
@@ -55,17 +58,34 @@ def quantize(
     """
     plan = make_plan(recipe, plugin, registry or discover())
     files.check_writable(output)
+    _refuse_foreign(output)
     with files.locked(output), torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        work = files.folder(output / ".work", empty=not resume)
+        work = files.folder(output / WORK, empty=not resume)
         run = _Run(plan, output, work, resume)
         run.load()
         run.walk()
         run.finish()
         files.remove(output / EXPORTS)  # formats of an earlier artifact that this one has not
-        files.move_into(work / "artifact", output)
+        files.move_into(work / "artifact", output, last=artifact.MANIFEST_FILE)
         files.remove(work)
     return run.record
+
+
+def _refuse_foreign(output: Path) -> None:
+    """Never replace files that no earlier run wrote.
+
+    Raises:
+        ArtifactError: naming the first of them.
+    """
+    if (output / artifact.MANIFEST_FILE).exists() or (output / WORK).exists():
+        return
+    for name in (artifact.ASSETS_FOLDER, EXPORTS, artifact.MODEL_FILE, *FILES):
+        if (output / name).exists():
+            raise ArtifactError(
+                f"output folder {output} holds {name!r} but no artifact that it belongs to: "
+                "choose another --output"
+            )
 
 
 @dataclass
@@ -184,9 +204,9 @@ class _Run:
             for exporter in self.plan.exporters:
                 record.exports[exporter.name] = self._export(exporter, model, staging)
         record.seconds, record.peak_memory_bytes = self.meter.seconds, self.meter.peak_memory_bytes
-        files.write_json(staging / "metrics.json", record.metrics())
-        files.write_text(staging / "recipe.yaml", record.recipe_yaml)
-        files.write_text(staging / "report.html", render(record))
+        texts = (json.dumps(record.metrics(), indent=2) + "\n", record.recipe_yaml, render(record))
+        for name, text in zip(FILES, texts, strict=True):
+            files.write_text(staging / name, text)
 
     def _save(self, model: nn.Module, staging: Path) -> None:
         """Write the artifact, and make sure that it restores a model with the same outputs."""

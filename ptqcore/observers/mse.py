@@ -36,7 +36,7 @@ class MSE(SampleObserver):
         exact_low, exact_high = self.exact_range()
         low, high = exact_low.float().reshape(-1, 1), exact_high.float().reshape(-1, 1)
         rows = max(1, _VALUES_AT_A_TIME // values.shape[1])
-        parts = zip(values.split(rows), low.split(rows), high.split(rows), strict=True)
+        parts = zip(*(torch.split(x, rows) for x in (values, low, high)), strict=True)
         ratio = torch.cat([self._best_ratio(*part) for part in parts]).view_as(exact_low)
         return exact_low * ratio, exact_high * ratio
 

@@ -225,13 +225,16 @@ def test_asymmetric_range_wider_than_the_largest_half_precision_number_is_covere
 )
 @settings(max_examples=150, deadline=None)
 def test_codes_and_values_equal_exact_fractions(bits, zero_point, exponent, numerators):
-    """With a power of two as scale all of float32 is exact, and `round` of a Fraction is half to even."""
-    levels = 2**bits - 1
+    """With a power of two as scale all of float32 is exact, and `round` of a Fraction is half to even.
+
+    Ties are broken for signed numbers, the zero point added: as engines with signed integers do.
+    """
+    levels, middle = 2**bits - 1, 2 ** (bits - 1)
     spec = QuantSpec(bits=bits, symmetric=zero_point is None)
-    offset = 2 ** (bits - 1) if zero_point is None else min(zero_point, levels)
+    offset = middle if zero_point is None else min(zero_point, levels)
     step = Fraction(2) ** exponent
     exact = [Fraction(n, 8) * step for n in numerators]
-    codes = [min(max(round(x / step) + offset, 0), levels) for x in exact]
+    codes = [min(max(round(x / step + offset - middle) + middle, 0), levels) for x in exact]
     values = [float((code - offset) * step) for code in codes]
 
     x = torch.tensor([float(value) for value in exact])

@@ -653,3 +653,12 @@ def test_the_text_that_another_model_wrote_is_not_used(spy, models, texts, tmp_p
     whole = ptqcore.quantize(chosen, "llm", tmp_path / "whole")
     assert resumed.before == whole.before
     assert weights_of(out) == weights_of(tmp_path / "whole")
+
+
+def test_files_that_no_run_wrote_are_never_replaced(models, texts, tmp_path):
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets" / "photo.jpg").write_bytes(b"mine")
+    with pytest.raises(ArtifactError, match="holds 'assets' but no artifact"):
+        ptqcore.quantize(recipe("w8a8", models("llama"), texts), "llm", tmp_path)
+    assert (tmp_path / "assets" / "photo.jpg").read_bytes() == b"mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["assets"]
