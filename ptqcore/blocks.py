@@ -71,9 +71,9 @@ def find_blocks(
     """Partition a model into blocks that follow one another.
 
     Without a glob: of all runs of sibling modules where each returns the very tensor that the next
-    one takes (the layers of a transformer, the stages of a network), the one that holds the most
-    quantizable weights; the longer one among equals. If the best holds less than half of them, the
-    model is one block.
+    one takes (the layers of a transformer, the stages of a network), the longest that holds every
+    quantizable weight. If none does, the model is one block: that needs more memory, but no layer is
+    left out.
 
     Args:
         model: the model.
@@ -86,20 +86,12 @@ def find_blocks(
     """
     if glob is not None:
         return [Block(model, path) for path in _matching(model, flow, glob)]
-    weights = {
-        path: layer.get_parameter("weight").numel()
-        for path, layer in quantizable_layers(model).items()
-        if path not in excluded
-    }
-
-    def rank(paths: list[str]) -> tuple[int, int, int]:
-        inside = sum(n for path, n in weights.items() if any(_contains(block, path) for block in paths))
-        return inside, len(paths), paths[0].count(".")
-
+    layers = [path for path in quantizable_layers(model) if path not in excluded]
     chains = [chain for path, module in model.named_modules() for chain in _chains(path, module, flow)]
-    best = max(chains, key=rank, default=[])
-    if not best or 2 * rank(best)[0] < sum(weights.values()):
-        return [Block(model, "")]
+    whole = [
+        chain for chain in chains if all(any(_contains(block, path) for block in chain) for path in layers)
+    ]
+    best = max(whole, key=lambda chain: (len(chain), chain[0].count(".")), default=[""])
     return [Block(model, path) for path in best]
 
 
