@@ -1,7 +1,7 @@
 """The walk: partition a model into blocks, capture what flows in, and run them one by one."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any
@@ -158,16 +158,13 @@ class BlockIO:
     block: Block
     calls: list[_CapturedCall]
     stream: list[list[Tensor]]
-    _targets: list[list[Tensor]] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.calls)
 
-    def run(self, label: str | None = None) -> Iterator[Any]:
+    def run(self) -> Iterator[Any]:
         """Run the block as it now is on every sample, without gradients; yield its outputs."""
-        numbered: Sequence[int] = range(len(self))
-        for index in numbered if label is None else track(numbered, label):
-            call = self.calls[index]
+        for index, call in enumerate(self.calls):
             leaves = [self._leaf(leaf, index) for leaf in call.leaves]
             args, kwargs = tree_unflatten(leaves, call.structure)
             with torch.no_grad():

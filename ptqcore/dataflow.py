@@ -53,17 +53,6 @@ class Dataflow:
             return False
         return not set(first[0].outputs).isdisjoint(second[0].inputs)
 
-    def shared_inputs(self, paths: list[str]) -> list[list[str]]:
-        """Group modules that read the same first tensor, in order of their first call."""
-        groups: dict[int, list[str]] = {}
-        wanted = set(paths)
-        for call in self.calls:
-            if call.path in wanted and call.inputs:
-                group = groups.setdefault(call.inputs[0], [])
-                if call.path not in group:
-                    group.append(call.path)
-        return list(groups.values())
-
 
 def trace(model: nn.Module, run: Callable[[], object]) -> Dataflow:
     """Record the calls of all submodules of `model` while `run()` executes it once, without gradients.

@@ -4,7 +4,6 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-FloatFormat = Literal["e4m3", "e5m2"]
 Granularity = Literal["tensor", "channel", "group", "token"]
 
 

@@ -67,7 +67,6 @@ class RunRecord:
     recipe_yaml: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     seed: int = 0
-    notes: list[str] = field(default_factory=list)
 
     def metrics(self) -> dict[str, Any]:
         """What `metrics.json` holds."""

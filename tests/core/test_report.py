@@ -90,7 +90,6 @@ def full_record() -> RunRecord:
         recipe_yaml="task:\n  kind: causal-lm\n",
         versions={"torch": "2.13.0"},
         seed=1234,
-        notes=["Sixteen samples."],
     )
 
 
@@ -192,7 +191,7 @@ def test_hostile_names_are_text_wherever_they_appear(hostile: str) -> None:
     record.layers = [layer(f"model.{hostile}", block=hostile), *record.layers[1:]]
     record.blocks = [BlockRecord(hostile, 0.1, 1.0, 10), *record.blocks[1:]]
     record.plugin = record.recipe = record.description = record.recipe_yaml = hostile
-    record.notes, record.skipped = [hostile], {hostile: hostile}
+    record.skipped = {hostile: hostile}
     record.exports = {hostile: ExportRecord(hostile, True, 0.0), "awq": record.exports["awq"]}
     record.before = {hostile: 1.0, "agreement": 1.0}
     record.after = dict(record.before)
