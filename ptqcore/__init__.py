@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from ptqcore import grid as grid
     from ptqcore.artifact import load as load
     from ptqcore.blocks import Block as Block
-    from ptqcore.blocks import BlockIO as BlockIO
     from ptqcore.calibration import Calibration as Calibration
     from ptqcore.dataflow import Dataflow as Dataflow
     from ptqcore.errors import ArtifactError as ArtifactError
@@ -48,11 +47,12 @@ if TYPE_CHECKING:
     from ptqcore.step import StepOptions as StepOptions
     from ptqcore.task import Task as Task
     from ptqcore.task import TaskOptions as TaskOptions
+    from ptqcore.walk import BlockIO as BlockIO
 
 _HOME = {
     "load": "artifact",
     "Block": "blocks",
-    "BlockIO": "blocks",
+    "BlockIO": "walk",
     "ArtifactError": "errors",
     "DataError": "errors",
     "ExportError": "errors",

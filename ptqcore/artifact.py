@@ -9,7 +9,7 @@ recipe.yaml, metrics.json, report.html
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
@@ -17,8 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ptqcore import files
+from ptqcore.dataflow import Site
+from ptqcore.edges import ActivationQuantizers, quantizers_of
 from ptqcore.errors import ArtifactError
-from ptqcore.modules import QuantModule, quantized_class
+from ptqcore.folding import fold_structure
+from ptqcore.modules import QuantModule, quantized_class, replace_module
+from ptqcore.placement import Edge
 from ptqcore.plugin import discover
 from ptqcore.spec import QuantSpec
 
@@ -37,8 +41,42 @@ class LayerEntry(BaseModel):
     input: QuantSpec | None
 
 
+class EdgeEntry(BaseModel):
+    """A quantized activation: its place, as in `Site` and `Edge`, and its grid."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    owner: str
+    call: int
+    function: str
+    ordinal: int
+    side: Literal["input", "output"]
+    index: int
+    spec: QuantSpec
+
+    @classmethod
+    def of(cls, edge: Edge, spec: QuantSpec) -> "EdgeEntry":
+        """The entry of an edge."""
+        site = edge.site
+        return cls(
+            owner=site.owner,
+            call=site.call,
+            function=site.name,
+            ordinal=site.ordinal,
+            side=edge.side,
+            index=edge.index,
+            spec=spec,
+        )
+
+    @property
+    def edge(self) -> Edge:
+        """The edge of the entry."""
+        return Edge(Site(self.owner, self.call, self.function, self.ordinal), self.side, self.index)
+
+
 class Manifest(BaseModel):
-    """What `manifest.json` holds. `tied` maps a tensor's name to the stored one it is the same as."""
+    """What `manifest.json` holds. `tied` maps a tensor's name to the stored one it is the same as,
+    `folded` a batch norm to the layer that it was folded into."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -47,6 +85,8 @@ class Manifest(BaseModel):
     plugin: str
     task: str
     layers: dict[str, LayerEntry]
+    edges: list[EdgeEntry] = []
+    folded: dict[str, str] = {}
     tied: dict[str, str]
     sha256: str
 
@@ -77,7 +117,20 @@ def build_layers(model: nn.Module, layers: dict[str, LayerEntry]) -> None:
         kind = quantized_class(layer)
         if kind is None:
             raise ArtifactError(f"layer {path!r} is a {type(layer).__name__}, which has no quantized kind")
-        model.set_submodule(path, kind(layer, entry.weight, entry.input).train(layer.training))
+        replace_module(model, path, kind(layer, entry.weight, entry.input).train(layer.training))
+
+
+def describe_edges(model: nn.Module) -> list[EdgeEntry]:
+    """The quantized activations of a model."""
+    quantizers = quantizers_of(model)
+    return [] if quantizers is None else [EdgeEntry.of(*item) for item in quantizers.specs().items()]
+
+
+def _build_folded(model: nn.Module, folded: dict[str, str]) -> None:
+    try:
+        fold_structure(model, folded)
+    except AttributeError as error:
+        raise ArtifactError(f"the model lacks a folded batch norm of the artifact: {error}") from None
 
 
 def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -106,7 +159,9 @@ def load_tensors(module: nn.Module, tensors: dict[str, Tensor], tied: dict[str, 
     module.load_state_dict(state, strict=True, assign=True)
 
 
-def save(model: nn.Module, folder: Path, plugin: str, task: str, core: str) -> None:
+def save(
+    model: nn.Module, folder: Path, plugin: str, task: str, core: str, folded: dict[str, str] | None = None
+) -> None:
     """Write `model.safetensors` and `manifest.json` into a folder.
 
     Raises:
@@ -119,6 +174,8 @@ def save(model: nn.Module, folder: Path, plugin: str, task: str, core: str) -> N
         plugin=plugin,
         task=task,
         layers=describe_layers(model),
+        edges=describe_edges(model),
+        folded=folded or {},
         tied=tied,
         sha256=files.digest(folder / MODEL_FILE),
     )
@@ -165,7 +222,10 @@ def restore(folder: Path, build: Callable[[Manifest], nn.Module]) -> nn.Module:
     """
     manifest = read_manifest(folder)
     model = build(manifest)
+    _build_folded(model, manifest.folded)
     build_layers(model, manifest.layers)
+    if manifest.edges:
+        ActivationQuantizers({entry.edge: entry.spec for entry in manifest.edges}).attach(model)
     try:
         state = load_file(folder / MODEL_FILE)
     except (OSError, SafetensorError) as error:

@@ -11,9 +11,10 @@ from ptqcore import grid
 from ptqcore.blocks import Block
 from ptqcore.calibration import Calibration
 from ptqcore.errors import ModelError, RecipeError, nearest
-from ptqcore.modules import QuantModule, quantizable_layers
+from ptqcore.modules import QuantModule, quantizable_layers, weight_rows
+from ptqcore.recipe import QuantSection
 from ptqcore.report.record import LayerRecord
-from ptqcore.step import Context
+from ptqcore.step import Context, reason_to_skip
 
 
 def relative_error(results: list[list[Tensor]], targets: list[list[Tensor]], path: str) -> float:
@@ -45,7 +46,7 @@ def layer_records(
 def _layer_record(
     block: Block, path: str, original: nn.Module, layer: QuantModule, calibration: Calibration
 ) -> LayerRecord:
-    weight = original.get_parameter("weight").detach().flatten(1)
+    weight = weight_rows(original).detach().flatten(1)
     record = layer.quantized_weight
     inside = grid.inside(weight, record.scale, record.zero_point, record.spec)
     gram = calibration.gram(path)
@@ -56,27 +57,30 @@ def _layer_record(
         shape=layer.weight_shape,
         weights=str(layer.weight_spec),
         activations=None if quantizer is None else str(quantizer.spec),
-        relative_error=None if gram is None else gram.relative_error(weight, layer.weight.flatten(1)),
+        relative_error=None
+        if gram is None
+        else gram.relative_error(weight, record.dequantize().flatten(1)),
         clipped=1 - float(inside.float().mean()),
         weight_range=(float(weight.min()), float(weight.max())),
         input_range=None if gram is None else (float(gram.low.min()), float(gram.high.max())),
     )
 
 
-def check_targets(blocks: list[Block], context: Context) -> dict[str, nn.Module]:
+def check_targets(model: nn.Module, quant: QuantSection, excluded: dict[str, str]) -> dict[str, nn.Module]:
     """The layers that are to be quantized, by path.
 
     Raises:
         RecipeError: if `quant.ignore` names what does not exist.
         ModelError: if no layer is left to quantize.
     """
-    paths = [path for path, _ in blocks[0].model.named_modules()]
-    for glob in context.quant.ignore:
+    paths = [path for path, _ in model.named_modules()]
+    for glob in quant.ignore:
         if not any(fnmatchcase(path, glob) for path in paths):
             raise RecipeError(f"recipe key 'quant.ignore': {glob!r} matches no layer{nearest(glob, paths)}")
-    targets = {path: layer for block in blocks for path, layer in context.targets(block).items()}
+    layers = quantizable_layers(model).items()
+    targets = {path: layer for path, layer in layers if reason_to_skip(path, quant, excluded) is None}
     if not targets:
-        kinds = sorted({type(m).__name__ for m in blocks[0].model.modules() if not list(m.children())})
+        kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
         raise ModelError(
             "the model has no layer to quantize: linear layers and 2-D convolutions are, "
             f"unless quant.ignore names them; found {', '.join(kinds)}"

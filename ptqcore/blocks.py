@@ -1,21 +1,21 @@
-"""The walk: partition a model into blocks, capture what flows in, and run them one by one."""
+"""The partition of a model into blocks that are quantized as one."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import pairwise
-from typing import Any
+from functools import cached_property
 
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch import nn
 
-from ptqcore.dataflow import Dataflow, tensors_in
+from ptqcore.dataflow import Dataflow, Op, inside
 from ptqcore.errors import ModelError, nearest
-from ptqcore.modules import QuantModule, quantizable_layers, quantized_class
+from ptqcore.modules import QuantModule, quantizable_layers, quantized_class, replace_module
 from ptqcore.packed import QuantizedTensor
-from ptqcore.progress import track
+from ptqcore.placement import LAYERS
 from ptqcore.spec import QuantSpec
+
+MOST_LAYERS_IN_A_ROW = 3
+MOST_LAYERS_AROUND_A_SKIP = 8
 
 
 @dataclass(frozen=True)
@@ -61,57 +61,136 @@ class Block:
             raise ModelError(
                 "a model that is one bare layer cannot be changed in place: wrap it in a module"
             )
-        self.model.set_submodule(path, quantized)
+        replace_module(self.model, path, quantized)
         return quantized
 
 
 def find_blocks(
-    model: nn.Module, flow: Dataflow, excluded: set[str], glob: str | None = None
+    model: nn.Module, flow: Dataflow, targets: set[str], glob: str | None = None
 ) -> list[Block]:
-    """Partition a model into blocks that follow one another.
+    """Partition a model into blocks, in the order in which they run; every target is in one of them.
 
-    Without a glob: of all runs of sibling modules where each returns the very tensor that the next
-    one takes (the layers of a transformer, the stages of a network), the longest that holds every
-    quantizable weight. If none does, the model is one block: that needs more memory, but no layer is
-    left out.
+    Without a glob a block is the outermost module around a residual addition that has at most 8
+    target layers in a row (a residual block, a transformer layer), else a module of at most 3 layers
+    in a row with no such addition inside (a stem, an inverted bottleneck without shortcut, a head).
+    Modules that are called more than once, and what holds them, stay in one block.
 
     Args:
         model: the model.
         flow: one traced forward pass of it.
-        excluded: paths of layers that will not be quantized; they do not count.
+        targets: paths of the layers that will be quantized.
         glob: paths of the blocks, instead.
 
     Raises:
-        ModelError: if the glob matches nothing, or modules that do not follow one another.
+        ModelError: if the glob matches nothing, or modules that are no blocks.
     """
-    if glob is not None:
-        return [Block(model, path) for path in _matching(model, flow, glob)]
-    layers = [path for path in quantizable_layers(model) if path not in excluded]
-    chains = [chain for path, module in model.named_modules() for chain in _chains(path, module, flow)]
-    whole = [
-        chain for chain in chains if all(any(_contains(block, path) for block in chain) for path in layers)
-    ]
-    best = max(whole, key=lambda chain: (len(chain), chain[0].count(".")), default=[""])
-    return [Block(model, path) for path in best]
+    paths = _matching(model, flow, glob) if glob is not None else _Partition(model, flow, targets).split("")
+    return [Block(model, path) for path in paths]
 
 
-def _contains(block: str, path: str) -> bool:
-    return path == block or path.startswith(f"{block}.") or not block
+class _Partition:
+    def __init__(self, model: nn.Module, flow: Dataflow, targets: set[str]) -> None:
+        self.flow, self.targets = flow, targets
+        self.children: dict[str, list[str]] = defaultdict(list)
+        for path, _ in model.named_modules():
+            if path and any(inside(target, path) for target in targets):
+                self.children[path.rpartition(".")[0]].append(path)
+        self.variable = flow.variable() & flow.floating
+        self.producers = flow.producers()
+        self._known_depths: dict[str, dict[int, int]] = {}
 
+    def split(self, path: str) -> list[str]:
+        """The blocks of a module, in the order of their calls."""
+        parts = self._parts(path)
+        if path in self.targets or any(len(self.flow.called(part)) != 1 for part in parts):
+            return [path]
+        if path and self._is_block(path, parts):
+            return [path]
+        blocks = [block for part in parts for block in self.split(part)]
+        if path == "":
+            order = {call.path: index for index, call in enumerate(self.flow.calls)}
+            blocks.sort(key=lambda block: order.get(block, 0))
+        return blocks
 
-def _chains(path: str, module: nn.Module, flow: Dataflow) -> list[list[str]]:
-    """Runs of children of one module, in the order of their calls, that feed one another."""
-    children = {f"{path}.{name}" if path else name for name, _ in module.named_children()}
-    order = [call.path for call in flow.calls if call.path in children]
-    chains: list[list[str]] = []
-    for child in order:
-        if order.count(child) > 1:
-            continue
-        if chains and flow.feeds(chains[-1][-1], child):
-            chains[-1].append(child)
-        else:
-            chains.append([child])
-    return chains
+    def _parts(self, path: str) -> list[str]:
+        """The children of a module that hold targets; of lists, which are never called, their members."""
+        parts = []
+        for child in self.children[path]:
+            uncalled = not self.flow.called(child) and child not in self.targets
+            parts += self._parts(child) if uncalled else [child]
+        return parts
+
+    def _is_block(self, path: str, parts: list[str]) -> bool:
+        layers = [target for target in self.targets if inside(target, path)]
+        if len(layers) == 1:
+            return True
+        if len(parts) == 1:
+            return False
+        depth = self._depth(path)
+        if path in self._skips and depth <= MOST_LAYERS_AROUND_A_SKIP:
+            return True
+        smaller = any(skip != path and inside(skip, path) for skip in self._skips)
+        return depth <= MOST_LAYERS_IN_A_ROW and not smaller
+
+    def _ops(self, path: str) -> list[Op]:
+        return [op for op in self.flow.ops if inside(op.site.owner, path)]
+
+    def _depths(self, path: str) -> dict[int, int]:
+        """Tensor number → target layers on the longest way to it from the module's inputs."""
+        if path in self._known_depths:
+            return self._known_depths[path]
+        depths: dict[int, int] = {}
+        for op in self._ops(path):
+            depth = max((depths.get(number, 0) for number in op.inputs), default=0)
+            if op.name in LAYERS and op.site.owner in self.targets:
+                depth += 1
+            depths.update(dict.fromkeys(op.outputs, depth))
+        self._known_depths[path] = depths
+        return depths
+
+    def _depth(self, path: str) -> int:
+        return max(self._depths(path).values(), default=0)
+
+    @cached_property
+    def _skips(self) -> set[str]:
+        """The smallest modules around each addition of something to what was computed from it."""
+        additions = [op for op in self.flow.ops if op.name == "add" and len(self._operands(op)) > 1]
+        return {path for op in additions if (path := self._smallest_around(op)) is not None}
+
+    def _operands(self, op: Op) -> list[int]:
+        return [number for number in dict.fromkeys(op.inputs) if number in self.variable]
+
+    def _smallest_around(self, addition: Op) -> str | None:
+        path = addition.site.owner
+        while path:
+            if len(self.flow.called(path)) == 1 and self._is_skip(addition, path):
+                return path
+            path = path.rpartition(".")[0]
+        return None
+
+    def _is_skip(self, addition: Op, path: str) -> bool:
+        """Whether the operands come from a common input of the module, one of them through a target."""
+        depths = self._depths(path)
+        operands = self._operands(addition)
+        if not any(depths.get(number, 0) for number in operands):
+            return False
+        first, *others = (self._sources(number, path) for number in operands)
+        return all(first & other for other in others)
+
+    def _sources(self, number: int, path: str) -> set[int]:
+        """The inputs of a module from which a tensor inside it is computed."""
+        found, seen, left = set(), set(), [number]
+        while left:
+            current = left.pop()
+            if current in seen or current not in self.variable:
+                continue
+            seen.add(current)
+            producer = self.producers.get(current)
+            if producer is None or not inside(producer.site.owner, path):
+                found.add(current)
+            else:
+                left.extend(producer.inputs)
+        return found
 
 
 def _matching(model: nn.Module, flow: Dataflow, glob: str) -> list[str]:
@@ -126,134 +205,10 @@ def _matching(model: nn.Module, flow: Dataflow, glob: str) -> list[str]:
             f"recipe key 'blocks' is {glob!r}, but none of the modules it matches is called: "
             "name the modules themselves, not the list that holds them"
         )
-    for first, second in pairwise(order):
-        if not flow.feeds(first, second):
+    for path in order:
+        if order.count(path) > 1:
             raise ModelError(
-                f"recipe key 'blocks' is {glob!r}, but {second!r} does not take the output of {first!r}: "
-                "blocks must follow one another"
+                f"recipe key 'blocks' is {glob!r}, but {path!r} is called {order.count(path)} times: "
+                "a block is called once, name a module that holds all its calls"
             )
     return order
-
-
-@dataclass(frozen=True)
-class _FromPrevious:
-    """Stands for a tensor of the previous block's output in a captured call."""
-
-    index: int
-
-
-@dataclass
-class _CapturedCall:
-    leaves: list[Any]
-    structure: TreeSpec
-
-
-@dataclass
-class BlockIO:
-    """The inputs of one block for every calibration sample, from the quantized prefix.
-
-    Each run hands the block fresh copies of the streamed tensors, so that a block may work in place.
-    """
-
-    block: Block
-    calls: list[_CapturedCall]
-    stream: list[list[Tensor]]
-
-    def __len__(self) -> int:
-        return len(self.calls)
-
-    def run(self) -> Iterator[Any]:
-        """Run the block as it now is on every sample, without gradients; yield its outputs."""
-        for index, call in enumerate(self.calls):
-            leaves = [self._leaf(leaf, index) for leaf in call.leaves]
-            args, kwargs = tree_unflatten(leaves, call.structure)
-            with torch.no_grad():
-                yield self.block.module(*args, **kwargs)
-
-    def _leaf(self, leaf: Any, sample: int) -> Any:
-        return self.stream[sample][leaf.index].clone() if isinstance(leaf, _FromPrevious) else leaf
-
-    def run_tensors(self) -> list[list[Tensor]]:
-        """Outputs of the block as it now is: the tensors of every sample's output."""
-        return [tensors_in(output) for output in self.run()]
-
-
-class _Captured(Exception):  # noqa: N818 - a signal that ends a forward pass, not an error
-    pass
-
-
-class Walk:
-    """Captures what every block is called with in one full-precision pass per sample.
-
-    The hidden states that flow from block to block are kept for the first block only; later ones
-    are recomputed by the walk, so that memory holds the inputs of one block. Everything else a block
-    is called with (masks, position tables, keywords) is kept as it was, shared where blocks share it.
-    """
-
-    def __init__(
-        self,
-        blocks: list[Block],
-        samples: Sequence[Any],
-        forward: Callable[[Any], object],
-    ) -> None:
-        self.blocks = blocks
-        self._calls: list[list[_CapturedCall]] = [[] for _ in blocks]
-        self._stream: list[list[Tensor]] = []
-        for sample in track(samples, "capturing block inputs"):
-            self._capture(sample, forward)
-
-    def __iter__(self) -> Iterator[BlockIO]:
-        """The inputs of each block in turn; the caller must `advance` with the block's outputs."""
-        for block, calls in zip(self.blocks, self._calls, strict=True):
-            yield BlockIO(block, calls, self._stream)
-
-    def advance(self, outputs: list[list[Tensor]]) -> None:
-        """Set the tensors that flow into the next block, for every sample."""
-        self._stream = outputs
-
-    def _capture(self, sample: Any, forward: Callable[[Any], object]) -> None:
-        previous: dict[int, int] = {}
-        alive: list[Tensor] = []
-        called: list[int] = []
-
-        def before(index: int) -> Callable[..., None]:
-            def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-                called.append(index)
-                leaves, structure = tree_flatten((args, kwargs))
-                if index == 0:
-                    self._stream.append([leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)])
-                    previous.update({id(leaf): i for i, leaf in enumerate(tensors_in(leaves))})
-                kept = [
-                    _FromPrevious(previous[id(leaf)]) if id(leaf) in previous else leaf for leaf in leaves
-                ]
-                self._calls[index].append(_CapturedCall(kept, structure))
-
-            return hook
-
-        def after(index: int) -> Callable[..., None]:
-            def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-                previous.clear()
-                alive[:] = tensors_in(output)
-                previous.update({id(leaf): i for i, leaf in enumerate(alive)})
-                if index == len(self.blocks) - 1:
-                    raise _Captured
-
-            return hook
-
-        handles = []
-        for index, block in enumerate(self.blocks):
-            handles.append(block.module.register_forward_pre_hook(before(index), with_kwargs=True))
-            handles.append(block.module.register_forward_hook(after(index), with_kwargs=True))
-        try:
-            with torch.no_grad():
-                forward(sample)
-        except _Captured:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-        if called != list(range(len(self.blocks))):
-            raise ModelError(
-                f"the blocks were not called once each and in order for calibration sample "
-                f"{len(self._stream)}: name them with the recipe key 'blocks'"
-            )

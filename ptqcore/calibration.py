@@ -6,32 +6,47 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ptqcore.blocks import Block, BlockIO
-from ptqcore.dataflow import tensors_in
+from ptqcore.blocks import Block
+from ptqcore.dataflow import inside, tensors_in
+from ptqcore.edges import ActivationQuantizers, TensorFunction
+from ptqcore.grids import Grids
 from ptqcore.observers import Observer
+from ptqcore.placement import Edge
+from ptqcore.recipe import TensorQuant
 from ptqcore.statistics import Gram
+from ptqcore.walk import BlockIO
+
+NewObserver = Callable[[TensorQuant], Observer]
 
 
 class Calibration:
-    """Inputs, full-precision outputs and layer statistics of one block.
+    """Inputs, full-precision outputs, and statistics of the layers and edges of one block.
 
     Everything is computed at the first use, in one pass of the full-precision block over its inputs
     from the quantized prefix: ask before the block is changed. Layers that read the same tensor
     share one Gram.
     """
 
-    def __init__(self, block: Block, io: BlockIO, new_observer: Callable[[], Observer] | None) -> None:
+    def __init__(self, block: Block, io: BlockIO, grids: Grids, new_observer: NewObserver) -> None:
         """Args:
         block: the block, still in full precision.
         io: its inputs.
-        new_observer: makes the observer of a static input quantizer; None if inputs are not
-            quantized or dynamically so.
+        grids: the grids of the model's activations.
+        new_observer: makes the observer of a static range.
         """
         self.block = block
         self.io = io
+        self._grids = grids
         self._new_observer = new_observer
         self._grams: dict[str, Gram] = {}
         self._observers: dict[str, Observer] = {}
+        self._edges = {edge: new_observer(quant) for edge, quant in self.edges.items()}
+
+    @property
+    def edges(self) -> dict[Edge, TensorQuant]:
+        """The grids of the activations that are rounded inside the block."""
+        edges = self._grids.edges.items()
+        return {edge: quant for edge, quant in edges if inside(edge.site.owner, self.block.path)}
 
     @cached_property
     def targets(self) -> list[list[Tensor]]:
@@ -41,6 +56,7 @@ class Calibration:
         handles = [
             layer.register_forward_pre_hook(self._watch(path, latest)) for path, layer in layers.items()
         ]
+        self.io.functions = {edge: _observing(observer) for edge, observer in self._edges.items()}
         try:
             outputs = []
             for output in self.io.run():
@@ -48,6 +64,7 @@ class Calibration:
                 latest.clear()
             return outputs
         finally:
+            self.io.functions = {}
             for handle in handles:
                 handle.remove()
 
@@ -61,11 +78,20 @@ class Calibration:
         _ = self.targets
         return self._observers.get(path)
 
+    def quantize_edges(self, quantizers: ActivationQuantizers) -> None:
+        """Give the block's activation quantizers the observed ranges; every later run applies them."""
+        _ = self.targets
+        for edge, observer in self._edges.items():
+            quantizers[edge].set_range(*observer.range())
+        self.io.functions = {edge: quantizers[edge].forward for edge in self._edges}
+
     def _watch(self, path: str, latest: dict[str, Any]) -> Callable[..., None]:
+        quant = self._grids.inputs(path)
+
         def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0]
-            if self._new_observer is not None:
-                observer = self._observers.get(path) or self._new_observer()
+            if quant is not None and not quant.dynamic:
+                observer = self._observers.get(path) or self._new_observer(quant)
                 observer.update(x)
                 self._observers[path] = observer
             if isinstance(layer, nn.Linear):
@@ -83,3 +109,11 @@ class Calibration:
         if latest.get("tensor") is not x or latest["gram"] is not gram:
             gram.update(x)
         latest.update(tensor=x, gram=gram)
+
+
+def _observing(observer: Observer) -> TensorFunction:
+    def observe(x: Tensor) -> Tensor:
+        observer.update(x)
+        return x
+
+    return observe

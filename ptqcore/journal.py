@@ -7,12 +7,15 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from ptqcore import files
 from ptqcore.artifact import LayerEntry, build_layers, describe_layers, load_tensors, unique_tensors
 from ptqcore.blocks import Block
 from ptqcore.errors import ArtifactError
 from ptqcore.report.record import BlockRecord, LayerRecord
+
+_RANGE = "activation quantizer "
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,14 @@ class Journal:
                 f"{', another '.join(changed)}; restore that, or run again without --resume"
             )
 
-    def save(self, index: int, block: Block, result: BlockResult) -> None:
-        """Write a finished block; the description comes last and makes it valid."""
+    def save(self, index: int, block: Block, result: BlockResult, ranges: dict[str, Tensor]) -> None:
+        """Write a finished block; the description comes last and makes it valid.
+
+        `ranges` are the scales and zero points of its activation quantizers, by name.
+        """
         tensors, tied = unique_tensors(block.module)
-        files.write_tensors(self._tensors(index), tensors)
+        ranges = {f"{_RANGE}{name}": tensor for name, tensor in ranges.items()}
+        files.write_tensors(self._tensors(index), tensors | ranges)
         entry = {
             "path": block.path,
             "sha256": files.digest(self._tensors(index)),
@@ -77,13 +84,19 @@ class Journal:
         }
         files.write_json(self._entry(index), entry)
 
-    def restore(self, index: int, block: Block) -> BlockResult | None:
-        """Put a finished block back into the model; None if it was not finished, or is damaged."""
+    def restore(self, index: int, block: Block) -> tuple[BlockResult, dict[str, Tensor]] | None:
+        """Put a finished block back into the model; None if it was not finished, or is damaged.
+
+        Returns:
+            What was saved: its figures, and the ranges of its activation quantizers.
+        """
         try:
             entry: dict[str, Any] = json.loads(self._entry(index).read_text(encoding="utf-8"))
             if entry["path"] != block.path or files.digest(self._tensors(index)) != entry["sha256"]:
                 return None
-            tensors, tied = load_file(self._tensors(index)), dict(entry["tied"])
+            stored, tied = load_file(self._tensors(index)), dict(entry["tied"])
+            tensors = {name: value for name, value in stored.items() if not name.startswith(_RANGE)}
+            ranges = {name[len(_RANGE) :]: stored[name] for name in stored.keys() - tensors.keys()}
             layers = {path: LayerEntry.model_validate(layer) for path, layer in entry["quantized"].items()}
             figures = entry["result"]
             result = BlockResult(
@@ -94,7 +107,7 @@ class Journal:
         build_layers(block.model, layers)
         load_tensors(block.module, tensors, tied)
         block.module.requires_grad_(False)
-        return result
+        return result, ranges
 
     def _tensors(self, index: int) -> Path:
         return self._folder / f"block-{index:04d}.safetensors"

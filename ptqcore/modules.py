@@ -7,11 +7,40 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from ptqcore import grid
 from ptqcore.packed import QuantizedTensor
 from ptqcore.quantizers import FakeQuant
 from ptqcore.spec import QuantSpec
+
+LAYERS_WITH_ROWS = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+
+def weight_rows(layer: nn.Module) -> Tensor:
+    """The weight of a linear or (transposed) convolution layer, output channels first [out, …].
+
+    PyTorch keeps the weight of a transposed convolution as [in, out/groups, …].
+    """
+    weight = layer.get_parameter("weight")
+    if not isinstance(layer, _ConvTransposeNd):
+        return weight
+    return weight.view(layer.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
+
+
+def rows_to_weight(rows: Tensor, layer: Any) -> Tensor:
+    """Inverse of `weight_rows`, for a float layer or the module that quantizes it."""
+    if not isinstance(layer, _ConvTransposeNd | QuantConvTranspose2d):
+        return rows
+    return rows.view(layer.groups, -1, *rows.shape[1:]).transpose(1, 2).flatten(0, 1)
 
 
 class QuantModule(nn.Module, ABC):
@@ -31,7 +60,7 @@ class QuantModule(nn.Module, ABC):
     def __init__(self, layer: nn.Module, weight_spec: QuantSpec, input_spec: QuantSpec | None) -> None:
         """Take shape, dtype, bias and hyper-parameters from a float layer."""
         super().__init__()
-        weight = layer.get_parameter("weight")
+        weight = weight_rows(layer)
         rows, columns = weight.shape[0], math.prod(weight.shape[1:])
         layout = grid.layout_shape((rows, columns), weight_spec)
         words = -(-columns * weight_spec.bits // 32)
@@ -78,7 +107,7 @@ class QuantModule(nn.Module, ABC):
         """The dequantized weight, in the dtype and shape of the float layer's."""
         if self._dequantized is None:
             with torch.inference_mode(False):  # the cache may serve a backward pass later
-                self._dequantized = self.quantized_weight.dequantize()
+                self._dequantized = rows_to_weight(self.quantized_weight.dequantize(), self)
         return self._dequantized
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,8 +161,25 @@ class QuantConv2d(QuantModule):
         return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
+class QuantConvTranspose2d(QuantModule):
+    """`torch.nn.ConvTranspose2d`; the record's weight is [out, in/groups, height, width]."""
+
+    quantizes = nn.ConvTranspose2d
+
+    def __init__(
+        self, layer: nn.ConvTranspose2d, weight_spec: QuantSpec, input_spec: QuantSpec | None
+    ) -> None:
+        super().__init__(layer, weight_spec, input_spec)
+        self.stride, self.dilation, self.groups = layer.stride, layer.dilation, layer.groups
+        self.padding, self.output_padding = layer.padding, layer.output_padding
+
+    def compute(self, x: Tensor) -> Tensor:
+        sizes: Any = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+        return F.conv_transpose2d(x, self.weight, self.bias, *sizes)
+
+
 QUANTIZED_BY: dict[type[nn.Module], type[QuantModule]] = {
-    kind.quantizes: kind for kind in (QuantLinear, QuantConv2d)
+    kind.quantizes: kind for kind in (QuantLinear, QuantConv2d, QuantConvTranspose2d)
 }
 
 
@@ -152,6 +198,14 @@ def quantizable_layers(module: nn.Module, prefix: str = "") -> dict[str, nn.Modu
         if quantized_class(child) is not None:
             found[name] = child
     return found
+
+
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Put `new` in the place of a module, at every path where that same module stands."""
+    old = model.get_submodule(path)
+    for other, module in list(model.named_modules(remove_duplicate=False)):
+        if module is old:
+            model.set_submodule(other, new)
 
 
 def state_bytes(module: nn.Module) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -70,12 +70,20 @@ class TensorQuant(QuantSpec):
 
 
 class QuantSection(BaseModel):
-    """`quant`: the grids of weights and activations, and the layers left alone."""
+    """`quant`: the grids of weights and activations, and the layers left alone.
+
+    scope says which activations are quantized: the inputs of the quantized layers, or every tensor of
+    the dataflow that an integer engine needs on a grid (sums, concatenations and pooling included).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     weights: TensorQuant
     activations: TensorQuant | None = None
+    scope: Literal["layers", "dataflow"] = "layers"
+    first_last_bits: int | None = Field(
+        default=None, ge=2, le=8, description="bits of the first and last layers, if not the others'"
+    )
     ignore: list[str] = Field(default=[], description="globs of module paths left in full precision")
 
     @model_validator(mode="after")
@@ -92,6 +100,11 @@ class QuantSection(BaseModel):
             )
         if activations.granularity == "group" and not activations.dynamic:
             raise ValueError("activations.granularity group with dynamic false: set dynamic to true")
+        if self.scope == "dataflow" and (activations.dynamic or activations.granularity != "tensor"):
+            raise ValueError(
+                "scope dataflow with dynamic activations: engines need static ranges per tensor, set "
+                "activations.dynamic to false and activations.granularity to tensor, or scope to layers"
+            )
         return self
 
 

@@ -2,6 +2,7 @@
 
 from ptqcore.blocks import Block
 from ptqcore.calibration import Calibration
+from ptqcore.modules import weight_rows
 from ptqcore.packed import QuantizedTensor
 from ptqcore.step import Step
 
@@ -12,8 +13,7 @@ class Round(Step):
     name = "round"
 
     def block(self, block: Block, calibration: Calibration) -> None:
-        spec = self.context.quant.weights.spec
         for path, layer in self.context.targets(block).items():
-            weight = layer.get_parameter("weight")
-            rounded = QuantizedTensor.from_range(weight, *self.weight_range(weight), spec)
+            spec = self.context.grids.weights(path).spec
+            rounded = QuantizedTensor.from_range(weight_rows(layer), *self.weight_range(path, layer), spec)
             self.quantize_layer(block, calibration, path, rounded)

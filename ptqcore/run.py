@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from ptqcore import artifact, audit, files
-from ptqcore.blocks import Block, BlockIO, Walk, find_blocks
+from ptqcore.blocks import Block, find_blocks
 from ptqcore.calibration import Calibration
-from ptqcore.dataflow import Dataflow, tensors_in, trace
+from ptqcore.dataflow import Dataflow, inside, tensors_in, trace
+from ptqcore.edges import ActivationQuantizers, TensorFunction
 from ptqcore.errors import ArtifactError, DataError, ExportError
 from ptqcore.export.base import Exporter
 from ptqcore.fingerprint import fingerprint, versions
+from ptqcore.folding import fold
+from ptqcore.grids import make_grids
 from ptqcore.journal import BlockResult, Journal
 from ptqcore.meter import Meter
 from ptqcore.modules import state_bytes
-from ptqcore.observers import Observer
+from ptqcore.placement import Edge
 from ptqcore.plan import Plan, make_plan
 from ptqcore.plugin import Registry, discover
 from ptqcore.progress import track
@@ -30,6 +34,7 @@ from ptqcore.report.record import BlockRecord, ExportRecord, RunRecord
 from ptqcore.step import Context, Step
 from ptqcore.task import Task
 from ptqcore.version import __version__
+from ptqcore.walk import BlockIO, Walk
 
 EXPORTS = "exports"
 WORK = ".work"
@@ -97,6 +102,7 @@ class _Prepared:
     flow: Dataflow
     context: Context
     blocks: list[Block]
+    folded: dict[str, str]
 
 
 class _Run:
@@ -135,15 +141,28 @@ class _Run:
             if not len(samples):
                 raise DataError("the task gave no calibration samples: give it at least one")
         with self.phase("trace"):
-            flow = trace(model, lambda: task.forward(model, samples[0]))
-            context = Context(recipe.quant, self.plan.observer, task.excluded(model), recipe.seed)
-            blocks = find_blocks(model, flow, set(context.excluded), recipe.blocks)
-            targets = audit.check_targets(blocks, context)
+            flow, folded = self._trace(model, lambda: task.forward(model, samples[0]))
+            excluded = task.excluded(model)
+            targets = audit.check_targets(model, recipe.quant, excluded)
+            blocks = find_blocks(model, flow, set(targets), recipe.blocks)
+            targets = {
+                path: layer
+                for path, layer in targets.items()
+                if any(inside(path, block.path) for block in blocks)
+            }
+            grids = make_grids(recipe.quant, flow, set(targets))
+            context = Context(recipe.quant, self.plan.observer, excluded, recipe.seed, grids)
             for exporter in self.plan.exporters:
                 exporter.check_layers(recipe.quant, targets)
         with self.phase("metrics before"):
             self.record.before = task.evaluate(model)
-        self.prepared = _Prepared(model, samples, flow, context, blocks)
+        self.prepared = _Prepared(model, samples, flow, context, blocks, folded)
+
+    def _trace(self, model: nn.Module, run: Callable[[], object]) -> tuple[Dataflow, dict[str, str]]:
+        """The dataflow of the model once its batch norms are folded, and those that were."""
+        flow = trace(model, run)
+        folded = fold(model, flow, run)
+        return (trace(model, run) if folded else flow), folded
 
     def walk(self) -> None:
         """Hand every block to every step, in order; what an earlier run finished is taken from disk."""
@@ -153,31 +172,62 @@ class _Run:
         steps = self.plan.steps(context)
         for step in steps:
             step.prepare(model, self.prepared.flow)
+        quantizers = ActivationQuantizers({edge: q.spec for edge, q in context.grids.edges.items()})
         with self.phase("capture"):
-            walk = Walk(self.prepared.blocks, samples, lambda sample: self.task.forward(model, sample))
+            walk = self._start_walk(quantizers, any(step.needs_exact for step in steps))
         for index, io in enumerate(track(walk, "quantizing blocks", len(walk.blocks))):
-            result = journal.restore(index, io.block)
-            if result is None:
-                result, outputs = self._quantize_block(io, steps)
-                journal.save(index, io.block, result)
+            exact = io.run_tensors(exact=True) if walk.exact else None
+            finished = journal.restore(index, io.block)
+            if finished is None:
+                result, outputs = self._quantize_block(io, steps, quantizers)
+                journal.save(index, io.block, result, quantizers.inside(io.block.path))
             else:
+                result, ranges = finished
+                quantizers.load_state_dict(ranges, strict=False)
+                io.functions = quantizers.functions()
                 outputs = io.run_tensors()
             self.record.blocks.append(result.block)
             self.record.layers.extend(result.layers)
-            walk.advance(outputs)
+            walk.advance(outputs, exact)
         self.record.phases["quantize blocks"] = sum(block.seconds for block in self.record.blocks)
         for step in steps:
             step.finish(model)
         audit.check_done(walk.blocks, context)
         self.record.skipped = audit.left_alone(model, context)
+        for edge in quantizers.drop_unreached():
+            self.record.skipped[str(edge)] = "activation that no calibration sample reached"
+        if quantizers.names:
+            quantizers.attach(model)
 
-    def _quantize_block(self, io: BlockIO, steps: list[Step]) -> tuple[BlockResult, list[list[Tensor]]]:
+    def _start_walk(self, quantizers: ActivationQuantizers, exact: bool) -> Walk:
+        """Record what flows between the blocks; edges between them are calibrated on the way."""
+        model, blocks, grids = self.prepared.model, self.prepared.blocks, self.prepared.context.grids
+
+        def calibrate(edge: Edge, tensors: list[Tensor]) -> TensorFunction:
+            observer = self.plan.observer(grids.edges[edge])
+            for tensor in tensors:
+                observer.update(tensor)
+            quantizers[edge].set_range(*observer.range())
+            return quantizers[edge].forward
+
+        between = {
+            edge: calibrate
+            for edge in grids.edges
+            if not any(inside(edge.site.owner, block.path) for block in blocks)
+        }
+        forward = partial(self.task.forward, model)
+        return Walk(blocks, self.prepared.samples, forward, between, exact)
+
+    def _quantize_block(
+        self, io: BlockIO, steps: list[Step], quantizers: ActivationQuantizers
+    ) -> tuple[BlockResult, list[list[Tensor]]]:
         """Run the steps on one block; its figures, and what flows into the next."""
         block = io.block
         originals = block.layers()
         with self.meter.measure() as measurement:
-            calibration = Calibration(block, io, self._new_input_observer())
+            calibration = Calibration(block, io, self.prepared.context.grids, self.plan.observer)
             targets = calibration.targets
+            calibration.quantize_edges(quantizers)
             for step in steps:
                 step.block(block, calibration)
             outputs = io.run_tensors()
@@ -185,12 +235,6 @@ class _Run:
             layers = audit.layer_records(block, originals, calibration)
         figures = BlockRecord(block.path, error, measurement.seconds, measurement.peak_memory_bytes)
         return BlockResult(figures, layers), outputs
-
-    def _new_input_observer(self) -> Callable[[], Observer] | None:
-        activations = self.plan.recipe.quant.activations
-        if activations is None or activations.dynamic:
-            return None
-        return lambda: self.plan.observer(activations)
 
     def finish(self) -> None:
         """Measure the quantized model, and write everything into the staging folder."""
@@ -213,7 +257,8 @@ class _Run:
         assets = files.folder(staging / artifact.ASSETS_FOLDER)
         with files.writing(assets):
             self.task.save_assets(assets)
-        artifact.save(model, staging, self.plan.task_owner, self.task.name, __version__)
+        folded = self.prepared.folded
+        artifact.save(model, staging, self.plan.task_owner, self.task.name, __version__, folded)
         self.record.size_bytes["after"] = (staging / artifact.MODEL_FILE).stat().st_size
         restored = artifact.restore(staging, lambda _: self.task.build(assets))
         sample = self.prepared.samples[0]

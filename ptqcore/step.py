@@ -12,7 +12,8 @@ from ptqcore.blocks import Block
 from ptqcore.calibration import Calibration
 from ptqcore.dataflow import Dataflow
 from ptqcore.errors import ModelError
-from ptqcore.modules import QuantModule
+from ptqcore.grids import Grids
+from ptqcore.modules import QuantModule, weight_rows
 from ptqcore.observers import Observer
 from ptqcore.packed import QuantizedTensor
 from ptqcore.recipe import QuantSection, TensorQuant
@@ -32,23 +33,30 @@ class Context:
     observer: makes the observer that a `TensorQuant` names.
     excluded: layers that the task leaves in full precision, path → reason.
     seed: the run's seed.
+    grids: which grid every weight and activation gets.
     """
 
     quant: QuantSection
     observer: Callable[[TensorQuant], Observer]
     excluded: dict[str, str]
     seed: int
+    grids: Grids
 
     def reason_to_skip(self, path: str) -> str | None:
         """Why the layer at `path` stays in full precision, or None if it is to be quantized."""
-        for glob in self.quant.ignore:
-            if fnmatchcase(path, glob):
-                return f"ignored by the recipe ({glob})"
-        return self.excluded.get(path)
+        return reason_to_skip(path, self.quant, self.excluded)
 
     def targets(self, block: Block) -> dict[str, nn.Module]:
         """Float layers of a block that are to be quantized, by path."""
         return {path: layer for path, layer in block.layers().items() if self.reason_to_skip(path) is None}
+
+
+def reason_to_skip(path: str, quant: QuantSection, excluded: dict[str, str]) -> str | None:
+    """Why a layer stays in full precision: the recipe's reason, else the task's, else None."""
+    for glob in quant.ignore:
+        if fnmatchcase(path, glob):
+            return f"ignored by the recipe ({glob})"
+    return excluded.get(path)
 
 
 class Step:
@@ -59,15 +67,17 @@ class Step:
 
     name: ClassVar[str]
     Options: ClassVar[type[StepOptions]] = StepOptions
+    needs_exact: ClassVar[bool] = False
+    """Whether `block` reads the inputs from the full-precision model, `calibration.io.run(exact=True)`."""
 
     def __init__(self, options: StepOptions, context: Context) -> None:
         self.options = options
         self.context = context
 
-    def weight_range(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The range that the recipe's observer chooses for a weight [rows, ...]."""
-        observer = self.context.observer(self.context.quant.weights)
-        observer.update(weight.detach().flatten(1).float())
+    def weight_range(self, path: str, layer: nn.Module) -> tuple[Tensor, Tensor]:
+        """The range that the recipe's observer chooses for the weight of a float layer."""
+        observer = self.context.observer(self.context.grids.weights(path))
+        observer.update(weight_rows(layer).detach().flatten(1).float())
         return observer.range()
 
     def quantize_layer(
@@ -75,10 +85,12 @@ class Step:
     ) -> QuantModule:
         """Replace the float layer at `path` by one with this weight, its input on the recipe's grid.
 
+        In the scope `dataflow` inputs have quantizers of their own, outside the layers.
+
         Raises:
             ModelError: if the input's range is static and no calibration sample reached the layer.
         """
-        activations = self.context.quant.activations
+        activations = self.context.grids.inputs(path)
         quantized = block.quantize_layer(path, weight, None if activations is None else activations.spec)
         if activations is None or activations.dynamic or quantized.input_quantizer is None:
             return quantized

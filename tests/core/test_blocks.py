@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 from ptqcore import Block, ModelError, QuantizedTensor, QuantLinear, QuantSpec
-from ptqcore.blocks import Walk, find_blocks
+from ptqcore.blocks import find_blocks
 from ptqcore.dataflow import tensors_in, trace
+from ptqcore.modules import quantizable_layers
+from ptqcore.walk import Walk
 
 
 class Residual(nn.Module):
@@ -85,7 +87,14 @@ def _seed():
 
 def found(model, *excluded, glob=None):
     flow = trace(model, lambda: model(torch.randn(4, 6)))
-    return [block.path for block in find_blocks(model, flow, set(excluded), glob)]
+    targets = set(quantizable_layers(model)) - set(excluded)
+    return [block.path for block in find_blocks(model, flow, targets, glob)]
+
+
+def blocks_of(model, sample):
+    """The blocks without the stem and the head."""
+    flow = trace(model, lambda: model(sample.clone()))
+    return find_blocks(model, flow, set(quantizable_layers(model)) - {"stem", "head"})
 
 
 def test_the_blocks_of_a_stack_are_its_layers():
@@ -97,18 +106,24 @@ def test_the_blocks_of_a_sequential_are_its_members():
     assert found(nn.Sequential(*(Residual() for _ in range(3)))) == ["0", "1", "2"]
 
 
-def test_layers_without_weights_between_blocks_are_blocks_too():
+def test_layers_without_weights_belong_to_no_block():
     model = nn.Sequential(Residual(), nn.ReLU(), Residual())
-    assert found(model) == ["0", "1", "2"]
+    assert found(model) == ["0", "2"]
 
 
 def test_one_layer_in_a_list_is_one_block():
     assert found(Stack([Residual()]), "stem", "head") == ["layers.0"]
 
 
-def test_of_chains_that_hold_the_same_the_longer_one_is_taken():
-    model = Stack([nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))])
-    assert found(model, "stem", "head") == ["layers.0.0", "layers.0.1", "layers.0.2"]
+def test_a_short_chain_without_a_residual_is_one_block():
+    chains = [nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)) for _ in range(2)]
+    assert found(Stack(chains)) == ["stem", "layers.0", "layers.1", "head"]
+
+
+def test_a_long_chain_is_split():
+    assert found(nn.Sequential(nn.Sequential(*(nn.Linear(6, 6) for _ in range(4))))) == [
+        f"0.{i}" for i in range(4)
+    ]
 
 
 def test_a_stack_inside_a_wrapper_is_found():
@@ -116,31 +131,35 @@ def test_a_stack_inside_a_wrapper_is_found():
     assert found(model, "0.stem", "0.head") == ["0.layers.0", "0.layers.1", "0.layers.2"]
 
 
-def test_a_model_whose_layers_no_single_stack_holds_is_one_block():
+def test_two_stacks_are_walked_one_after_the_other():
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
             self.small, self.large = (Stack([Residual(), Residual()], classes=6) for _ in range(2))
-            self.large.layers.extend([Residual(), Residual(), Residual()])
 
         def forward(self, x):
             return self.large.run_layers(self.small.run_layers(x) * 2)
 
-    assert found(Two()) == [""]
+    assert found(Two(), "small.stem", "small.head", "large.stem", "large.head") == [
+        "small.layers.0",
+        "small.layers.1",
+        "large.layers.0",
+        "large.layers.1",
+    ]
 
 
-def test_a_model_without_a_chain_is_one_block():
-    assert found(Branches()) == [""]
+def test_branches_are_blocks_in_the_order_of_their_calls():
+    assert found(Branches()) == ["left", "middle", "right"]
 
 
-def test_a_module_called_twice_is_no_block():
+def test_what_is_called_twice_stays_in_one_block():
     shared = Residual()
     assert found(Stack([shared, shared]), "stem", "head") == [""]
 
 
-@pytest.mark.parametrize("excluded", [(), ("stem",), ("head",)])
-def test_no_layer_beside_the_stack_is_left_out(excluded):
-    assert found(Stack([Residual() for _ in range(3)]), *excluded) == [""]
+def test_layers_beside_the_stack_are_blocks_of_their_own():
+    layers = ["layers.0", "layers.1", "layers.2"]
+    assert found(Stack([Residual() for _ in range(3)])) == ["stem", *layers, "head"]
 
 
 def test_a_glob_names_the_blocks_instead():
@@ -158,9 +177,11 @@ def test_a_glob_that_matches_nothing_names_the_nearest():
         found(Stack([Residual()]), glob="layer.0")
 
 
-def test_a_glob_whose_blocks_do_not_follow_one_another_is_refused():
-    with pytest.raises(ModelError, match="'middle' does not take the output of 'left'"):
-        found(Branches(), glob="*")
+def test_a_glob_whose_block_is_called_twice_is_refused():
+    shared = Residual()
+    model = Stack([nn.Sequential(shared), nn.Sequential(shared)])
+    with pytest.raises(ModelError, match=r"'layers\.0\.0' is called 2 times"):
+        found(model, glob="layers.0.0")
 
 
 def test_a_glob_that_matches_only_what_is_never_called_is_refused():
@@ -180,8 +201,7 @@ STACKS = {
 
 def walk_of(model, samples):
     """The walk over the model's layers, each sample a different number of rows."""
-    flow = trace(model, lambda: model(samples[0].clone()))
-    blocks = find_blocks(model, flow, {"stem", "head"})
+    blocks = blocks_of(model, samples[0])
     assert len(blocks) == len(getattr(model, "layers", model))
     return Walk(blocks, samples, lambda sample: model(sample.clone()))
 
@@ -247,7 +267,7 @@ def test_the_hooks_of_the_capture_are_gone_and_the_model_is_as_before():
 
 def test_hooks_go_even_if_the_model_fails():
     model = Stack([Residual(), Residual()])
-    blocks = find_blocks(model, trace(model, lambda: model(torch.randn(4, 6))), {"stem", "head"})
+    blocks = blocks_of(model, torch.randn(4, 6))
     with pytest.raises(RuntimeError):
         Walk(blocks, [torch.randn(4, 5)], model)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -255,7 +275,7 @@ def test_hooks_go_even_if_the_model_fails():
 
 def test_the_model_behind_the_last_block_is_not_run_in_the_capture():
     model, called = Stack([Residual(), Residual()]), []
-    blocks = find_blocks(model, trace(model, lambda: model(torch.randn(4, 6))), {"stem", "head"})
+    blocks = blocks_of(model, torch.randn(4, 6))
     model.head.register_forward_hook(lambda *_: called.append(1))
     Walk(blocks, [torch.randn(4, 6)], model)
     assert not called
@@ -271,7 +291,7 @@ class Skipping(Stack):
 
 def test_a_block_that_one_sample_does_not_call_is_refused():
     model = Skipping([Residual(), Residual()])
-    blocks = find_blocks(model, trace(model, lambda: model(torch.randn(4, 6))), {"stem", "head"})
+    blocks = blocks_of(model, torch.randn(4, 6))
     with pytest.raises(ModelError, match="calibration sample 2"):
         Walk(blocks, [torch.randn(4, 6), torch.randn(1, 6)], model)
 

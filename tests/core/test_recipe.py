@@ -209,7 +209,8 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(recipe_file, overrid
 
 def test_an_unknown_key_unlike_all_others_lists_what_is_known(recipe_file):
     message = error_of(recipe_file, "quant.zzz=1")
-    assert message == "recipe key 'quant.zzz' is unknown; known: activations, ignore, weights"
+    known = "activations, first_last_bits, ignore, scope, weights"
+    assert message == f"recipe key 'quant.zzz' is unknown; known: {known}"
 
 
 def test_a_misspelt_key_is_reported_rather_than_the_one_it_was_meant_to_be(recipe_file):

@@ -1,0 +1,128 @@
+"""Batch norms folded into the layers before them, as deployed engines run them."""
+
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from ptqcore.dataflow import Dataflow, op_name, tensors_in
+from ptqcore.modules import LAYERS_WITH_ROWS, rows_to_weight, weight_rows
+from ptqcore.progress import say
+
+TOLERANCE = 1e-5
+
+
+class WithoutNorm(nn.Module):
+    """A subclass of a batch norm that does more (an activation function), its normalization left out."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = deepcopy(norm)
+        for table in (self.norm._parameters, self.norm._buffers):
+            table.update(dict.fromkeys(table))
+
+    def forward(self, x: Tensor) -> Any:
+        with _SkipNorm():
+            return self.norm(x)
+
+
+class _SkipNorm(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if op_name(func) == "batch_norm" else func(*args, **(kwargs or {}))
+
+
+def find_norms(model: nn.Module, flow: Dataflow) -> dict[str, str]:
+    """Path of each batch norm that can be folded → path of the layer that alone feeds it."""
+    producers, consumers = flow.producers(), flow.consumers()
+    found = {}
+    for op in flow.ops:
+        path = op.site.owner
+        norm = model.get_submodule(path)
+        if op.name != "batch_norm" or not isinstance(norm, _BatchNorm) or norm.running_var is None:
+            continue
+        producer = producers.get(op.inputs[0])
+        if producer is None or len(consumers[op.inputs[0]]) != 1:
+            continue
+        layer = producer.site.owner
+        once = len(flow.called(path)) == len(flow.called(layer)) == 1
+        if once and type(model.get_submodule(layer)) in LAYERS_WITH_ROWS:
+            found[path] = layer
+    return found
+
+
+def fold(model: nn.Module, flow: Dataflow, run: Callable[[], object]) -> dict[str, str]:
+    """Fold every batch norm that can be, and make sure that the outputs stay.
+
+    Args:
+        model: the model, in evaluation mode; changed in place.
+        flow: one traced forward pass.
+        run: one forward pass of the model on a sample.
+
+    Returns:
+        Folded norm → layer; empty, and the model as it was, if the outputs would change by more than
+        1e-5 of their largest value.
+    """
+    found = find_norms(model, flow)
+    if not found:
+        return {}
+    with torch.no_grad():
+        expected = tensors_in(run())
+        norms = {path: model.get_submodule(path) for path in found}
+        parameters = {layer: dict(model.get_submodule(layer)._parameters) for layer in found.values()}
+        for path, layer in found.items():
+            _scale(model.get_submodule(layer), norms[path])
+        fold_structure(model, found)
+        error = _relative_difference(expected, tensors_in(run()))
+    if error <= TOLERANCE:
+        return found
+    for path, layer in found.items():
+        model.set_submodule(path, norms[path])
+        model.get_submodule(layer)._parameters.update(parameters[layer])
+    say(f"batch norms are left as they are: folded, they would change the outputs by {error:.2g}")
+    return {}
+
+
+def fold_structure(model: nn.Module, folded: dict[str, str]) -> None:
+    """Take folded norms out of a model, and give the layers before them a bias.
+
+    Raises:
+        AttributeError: if the model has no such norm or layer.
+    """
+    for path, layer in folded.items():
+        norm, before = model.get_submodule(path), model.get_submodule(layer)
+        if before.bias is None:
+            weight = before.get_parameter("weight")
+            zeros = torch.zeros(norm.num_features, dtype=weight.dtype, device=weight.device)
+            before.register_parameter("bias", nn.Parameter(zeros, requires_grad=False))
+        plain = type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+        model.set_submodule(path, nn.Identity() if plain else WithoutNorm(norm))
+
+
+def _scale(layer: nn.Module, norm: Any) -> None:
+    """Put a norm's scale and shift into a layer's weight and bias, computed in double precision."""
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    bias: Any = 0.0 if layer.bias is None else layer.bias.double()
+    shift = (bias - norm.running_mean.double()) * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    rows = weight_rows(layer)
+    scaled = rows.double() * scale.view(-1, *[1] * (rows.ndim - 1))
+    new_weight = rows_to_weight(scaled.to(rows.dtype), layer).contiguous()
+    layer.register_parameter("weight", nn.Parameter(new_weight, requires_grad=False))
+    layer.register_parameter("bias", nn.Parameter(shift.to(rows.dtype), requires_grad=False))
+
+
+def _relative_difference(expected: Iterable[Tensor], found: Iterable[Tensor]) -> float:
+    """Largest difference of any output, relative to that output's largest value."""
+    worst = 0.0
+    for one, other in zip(expected, found, strict=True):
+        largest = float(one.abs().max()) if one.numel() else 0.0
+        difference = float((one - other).abs().max()) if one.numel() else 0.0
+        worst = max(worst, difference / largest if largest else difference)
+    return worst

@@ -1,0 +1,80 @@
+"""Which grid every weight and activation of one model gets, from a recipe and the dataflow map."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ptqcore.dataflow import Dataflow
+from ptqcore.placement import LAYERS, Edge, find_edges
+from ptqcore.recipe import QuantSection, TensorQuant
+
+
+@dataclass(frozen=True)
+class Grids:
+    """edges: the grid of every rounded tensor between functions, in the scope `dataflow`; ends: the
+    first and last layers, which `quant.first_last_bits` is for."""
+
+    quant: QuantSection
+    ends: frozenset[str] = frozenset()
+    edges: Mapping[Edge, TensorQuant] = field(default_factory=dict)
+
+    def weights(self, path: str) -> TensorQuant:
+        """The grid of the weight of the layer at `path`."""
+        return self._at(path in self.ends, self.quant.weights)
+
+    def inputs(self, path: str) -> TensorQuant | None:
+        """The grid of the input of the layer at `path`, in the scope `layers`."""
+        if self.quant.activations is None or self.quant.scope == "dataflow":
+            return None
+        return self._at(path in self.ends, self.quant.activations)
+
+    def _at(self, end: bool, quant: TensorQuant) -> TensorQuant:
+        bits = self.quant.first_last_bits
+        return quant.model_copy(update={"bits": bits}) if end and bits is not None else quant
+
+
+def make_grids(quant: QuantSection, flow: Dataflow, targets: set[str]) -> Grids:
+    """The grids of one model.
+
+    Args:
+        quant: the recipe's section.
+        flow: one traced forward pass.
+        targets: paths of the layers that will be quantized.
+    """
+    ends = _ends(flow, targets)
+    grids = Grids(quant, frozenset(ends))
+    if quant.scope == "layers" or quant.activations is None:
+        return grids
+    readers, makers = flow.consumers(), {op.site: op for op in flow.ops}
+    edges = {}
+    for edge in find_edges(flow, targets):
+        op = makers[edge.site]
+        numbers = op.inputs if edge.side == "input" else op.outputs
+        around = {op.site.owner, *(reader.site.owner for reader in readers.get(numbers[edge.index], []))}
+        at_end = edge.side == "input" or not around.isdisjoint(ends)
+        edges[edge] = grids._at(at_end, quant.activations)
+    return Grids(quant, frozenset(ends), edges)
+
+
+def _ends(flow: Dataflow, targets: set[str]) -> set[str]:
+    """Layers whose input comes from no other layer, and layers whose output goes into none."""
+    layers = [op for op in flow.ops if op.name in LAYERS and op.site.owner in targets]
+    behind: set[int] = set()
+    before: set[int] = set()
+    first, last = set(), set()
+    for op in flow.ops:
+        reached = not behind.isdisjoint(op.inputs)
+        if op in layers:
+            if not reached:
+                first.add(op.site.owner)
+            behind.update(op.outputs)
+        elif reached:
+            behind.update(op.outputs)
+    for op in reversed(flow.ops):
+        feeds = not before.isdisjoint(op.outputs)
+        if op in layers:
+            if not feeds:
+                last.add(op.site.owner)
+            before.update(op.inputs)
+        elif feeds:
+            before.update(op.inputs)
+    return first | last
