@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from ptqcore.recipe import QuantSection as QuantSection
     from ptqcore.recipe import Recipe as Recipe
     from ptqcore.recipe import TensorQuant as TensorQuant
+    from ptqcore.report.record import EngineRecord as EngineRecord
+    from ptqcore.report.record import Verification as Verification
     from ptqcore.run import quantize as quantize
     from ptqcore.spec import QuantSpec as QuantSpec
     from ptqcore.statistics import Gram as Gram
@@ -79,6 +81,8 @@ _HOME = {
     "QuantSection": "recipe",
     "Recipe": "recipe",
     "TensorQuant": "recipe",
+    "EngineRecord": "report.record",
+    "Verification": "report.record",
     "quantize": "run",
     "QuantSpec": "spec",
     "Gram": "statistics",

@@ -12,6 +12,7 @@ from ptqcore.edges import ActivationQuantizers, TensorFunction
 from ptqcore.grids import Grids
 from ptqcore.observers import Observer
 from ptqcore.placement import Edge
+from ptqcore.quantizers import FakeQuant
 from ptqcore.recipe import TensorQuant
 from ptqcore.statistics import Gram
 from ptqcore.walk import BlockIO
@@ -24,23 +25,45 @@ class Calibration:
 
     Everything is computed at the first use, in one pass of the full-precision block over its inputs
     from the quantized prefix: ask before the block is changed. Layers that read the same tensor
-    share one Gram.
+    share one Gram. Steps add the losses of what they learn to `losses`, for the report.
     """
 
-    def __init__(self, block: Block, io: BlockIO, grids: Grids, new_observer: NewObserver) -> None:
+    def __init__(
+        self,
+        block: Block,
+        io: BlockIO,
+        grids: Grids,
+        new_observer: NewObserver,
+        exact: list[list[Tensor]] | None = None,
+    ) -> None:
         """Args:
         block: the block, still in full precision.
         io: its inputs.
         grids: the grids of the model's activations.
         new_observer: makes the observer of a static range.
+        exact: the block's output tensors in the full-precision model, if a step needs them.
         """
         self.block = block
         self.io = io
+        self.quantizers: dict[Edge, FakeQuant] = {}
+        self.losses: list[float] = []
+        self._exact = exact
         self._grids = grids
         self._new_observer = new_observer
         self._grams: dict[str, Gram] = {}
         self._observers: dict[str, Observer] = {}
         self._edges = {edge: new_observer(quant) for edge, quant in self.edges.items()}
+
+    @property
+    def exact(self) -> list[list[Tensor]]:
+        """The block's output tensors in the full-precision model, for every sample.
+
+        Raises:
+            ValueError: if no step of the recipe says that it needs them (`Step.needs_exact`).
+        """
+        if self._exact is None:
+            raise ValueError("set `needs_exact` on the step that reads the full-precision stream")
+        return self._exact
 
     @property
     def edges(self) -> dict[Edge, TensorQuant]:
@@ -83,7 +106,8 @@ class Calibration:
         _ = self.targets
         for edge, observer in self._edges.items():
             quantizers[edge].set_range(*observer.range())
-        self.io.functions = {edge: quantizers[edge].forward for edge in self._edges}
+            self.quantizers[edge] = quantizers[edge]
+        self.io.functions = {edge: quantizer.forward for edge, quantizer in self.quantizers.items()}
 
     def _watch(self, path: str, latest: dict[str, Any]) -> Callable[..., None]:
         quant = self._grids.inputs(path)

@@ -129,7 +129,7 @@ def _codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec)
     if spec.is_float:
         limit = float_max(spec)
         return scaled.clamp(-limit, limit).to(float_dtype(spec))
-    return _unclipped(scaled, zero_point, spec).clamp(0, spec.levels)
+    return _unclipped(scaled, zero_point, spec).clamp_(0, spec.levels)
 
 
 def _unclipped(scaled: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
@@ -140,7 +140,7 @@ def _unclipped(scaled: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Te
     """
     if zero_point is not None:
         scaled = scaled + (_spread(zero_point, spec) - spec.middle)
-    return torch.round(scaled) + spec.middle
+    return torch.round(scaled).add_(spec.middle)  # in place: a fresh tensor costs more than the sum
 
 
 def _values(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
@@ -148,6 +148,19 @@ def _values(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Quant
         return codes.to(scale.dtype) * _spread(scale, spec)
     offset = spec.middle if zero_point is None else _spread(zero_point, spec)
     return (codes - offset) * _spread(scale, spec)
+
+
+def position(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """Where x lies on an integer grid: its code before rounding and clipping, same shape as x."""
+    scaled = split_groups(x, spec) / _spread(scale, spec)
+    offset = spec.middle if zero_point is None else _spread(zero_point, spec)
+    return merge_groups(scaled + offset, spec, x.shape[-1])
+
+
+def values(position: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """Inverse of `position`, for codes that may lie between whole ones; differentiable."""
+    groups = split_groups(position, spec)
+    return merge_groups(_values(groups, scale, zero_point, spec), spec, position.shape[-1])
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:

@@ -64,7 +64,11 @@ class Installed:
 
 BUILT_IN = Plugin(
     name=CORE,
-    steps={"round": "ptqcore.rounding:Round"},
+    steps={
+        "round": "ptqcore.rounding:Round",
+        "brecq": "ptqcore.learned_rounding:BRECQ",
+        "qdrop": "ptqcore.learned_rounding:QDrop",
+    },
     observers={
         "minmax": "ptqcore.observers:MinMax",
         "moving-average": "ptqcore.observers:MovingAverage",

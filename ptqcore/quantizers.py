@@ -1,9 +1,13 @@
-"""Quantizers: modules that round activations to their grid inside a forward pass."""
+"""Quantizers: activations rounded inside a forward pass, and roundings that can be learned."""
+
+import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ptqcore import grid
+from ptqcore.packed import QuantizedTensor
 from ptqcore.spec import QuantSpec
 
 
@@ -42,3 +46,136 @@ class FakeQuant(nn.Module):
 
     def extra_repr(self) -> str:
         return str(self.spec)
+
+
+class LearnedRounding:
+    """Whether each weight goes up or down, as a variable (AdaRound, Nagel et al., arXiv 2004.10568).
+
+    The weight is s · (clip(⌊W/s⌋ + h(V), 0, levels) − z) with the rectified sigmoid
+    h(V) = clip(1.2 · sigmoid(V) − 0.1, 0, 1) (eq. 21–23). V starts where h(V) is the fraction that
+    rounding cuts off, that is, at the full-precision weight; the scale does not change.
+    """
+
+    stretch_low, stretch_high = -0.1, 1.1
+
+    def __init__(self, weight: Tensor, start: QuantizedTensor) -> None:
+        """Args:
+        weight: the float weight [rows, …].
+        start: the same, rounded to nearest: its grid is kept.
+        """
+        self.start = start
+        spec = start.spec
+        self._scale = start.scale.float()
+        self._zero_point = None if start.zero_point is None else start.zero_point.float()
+        position = grid.position(weight.detach().flatten(1).float(), self._scale, self._zero_point, spec)
+        self._floor = position.floor()
+        fraction = position - self._floor
+        span = self.stretch_high - self.stretch_low
+        share = (fraction - self.stretch_low) / span
+        variable = torch.log(share) - torch.log1p(-share)
+        up = start.codes.float() > self._floor  # ties fall as in rounding to nearest
+        edge = 1e-4
+        variable = torch.where(up, variable.clamp(min=edge), variable.clamp(max=-edge))
+        self.variable = variable.requires_grad_(True)
+
+    def share_up(self) -> Tensor:
+        """h(V) [rows, columns]: how far each weight goes up, 0 … 1."""
+        stretched = torch.sigmoid(self.variable) * (self.stretch_high - self.stretch_low)
+        return (stretched + self.stretch_low).clamp(0, 1)
+
+    def soft(self) -> Tensor:
+        """The weight as it now is [rows, …]."""
+        position = (self._floor + self.share_up()).clamp(0, self.start.spec.levels)
+        values = grid.values(position, self._scale, self._zero_point, self.start.spec)
+        return values.view(self.start.shape)
+
+    def begin(self) -> None:
+        """Begin an update: `weight` is the weight to compute with, any number of times."""
+        self._soft = self.soft()
+        self.weight = self._soft.detach().requires_grad_(True)
+
+    def end(self) -> None:
+        """End an update: hand the gradients that `weight` has gathered on to the variable."""
+        if self.weight.grad is not None:
+            self._soft.backward(self.weight.grad)  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def hard(self) -> QuantizedTensor:
+        """The weight with every rounding decided: up where h(V) is at least one half."""
+        codes = (self._floor + (self.variable >= 0)).clamp(0, self.start.spec.levels)
+        start = self.start
+        return QuantizedTensor(
+            codes.to(torch.uint8), start.scale, start.zero_point, start.spec, start.shape
+        )
+
+
+class LearnedStep:
+    """A static activation quantizer whose step size is learned (LSQ, Esser et al., arXiv 1902.08153).
+
+    The variable is the logarithm of the step relative to where it starts, so that one learning rate
+    serves activations of any magnitude; the zero point stays.
+    """
+
+    def __init__(self, quantizer: FakeQuant) -> None:
+        assert quantizer.scale is not None
+        self.quantizer = quantizer
+        self._start = quantizer.scale.clone()
+        self._zero_point = quantizer.spec.middle if quantizer.zero_point is None else quantizer.zero_point
+        self.variable = torch.zeros(1, requires_grad=True)
+
+    def __call__(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """x on the grid; where the mask `keep` is False, x as it is."""
+        scale = self._start * self.variable.exp()
+        rounded: Tensor = _QuantizeStep.apply(x, scale, self._zero_point, self.quantizer.spec.levels, keep)  # type: ignore[no-untyped-call]
+        return rounded
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Give the quantizer the learned step, at most the one it started with.
+
+        A range never grows beyond what was observed: engines drop an activation function before a
+        quantizer only if the quantizer's range lies inside the function's.
+        """
+        self.quantizer.scale = self._start * self.variable.clamp(max=0.0).exp()
+
+
+class _QuantizeStep(torch.autograd.Function):
+    """Quantize-dequantize with gradients for x and for the step (LSQ, eq. 3 and 5).
+
+    With y = s · (q − z), dy/ds is (y − x)/s where x is inside the grid and y/s where it is clipped.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Any, levels: int, keep: Any) -> Tensor:
+        codes = (x / scale).add_(zero_point).round_()
+        inside = codes.ge(0).logical_and_(codes.le(levels))
+        values = codes.clamp_(0, levels).sub_(zero_point).mul_(scale)
+        if keep is not None:
+            values = values.sub_(x).mul_(keep).add_(x)
+            inside.logical_or_(~keep)
+        ctx.save_for_backward(x, scale, values, inside)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        x, scale, values, inside = ctx.saved_tensors
+        passed = gradient * inside
+        step = None
+        if ctx.needs_input_grad[1]:
+            total = torch.dot(gradient.flatten(), values.flatten()) - torch.dot(
+                passed.flatten(), x.flatten()
+            )
+            step = (total / scale).view_as(scale)
+        return passed, step, None, None, None
+
+
+def random_mask(shape: tuple[int, ...], probability: float, generator: torch.Generator) -> Tensor:
+    """A boolean tensor, each element True with a probability given to 1/256.
+
+    One 64-bit random number serves eight elements: ten times as fast as a uniform number each.
+    """
+    count = math.prod(shape)
+    words = torch.empty(-(-count // 8), dtype=torch.int64)
+    words.random_(-(2**63), None, generator=generator)
+    return (words.view(torch.uint8)[:count] < round(probability * 256)).view(shape)

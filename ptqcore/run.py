@@ -179,7 +179,7 @@ class _Run:
             exact = io.run_tensors(exact=True) if walk.exact else None
             finished = journal.restore(index, io.block)
             if finished is None:
-                result, outputs = self._quantize_block(io, steps, quantizers)
+                result, outputs = self._quantize_block(io, steps, quantizers, exact)
                 journal.save(index, io.block, result, quantizers.inside(io.block.path))
             else:
                 result, ranges = finished
@@ -219,13 +219,17 @@ class _Run:
         return Walk(blocks, self.prepared.samples, forward, between, exact)
 
     def _quantize_block(
-        self, io: BlockIO, steps: list[Step], quantizers: ActivationQuantizers
+        self,
+        io: BlockIO,
+        steps: list[Step],
+        quantizers: ActivationQuantizers,
+        exact: list[list[Tensor]] | None,
     ) -> tuple[BlockResult, list[list[Tensor]]]:
         """Run the steps on one block; its figures, and what flows into the next."""
         block = io.block
         originals = block.layers()
         with self.meter.measure() as measurement:
-            calibration = Calibration(block, io, self.prepared.context.grids, self.plan.observer)
+            calibration = Calibration(block, io, self.prepared.context.grids, self.plan.observer, exact)
             targets = calibration.targets
             calibration.quantize_edges(quantizers)
             for step in steps:
@@ -275,11 +279,12 @@ class _Run:
         """Write one format and read it back."""
         folder = files.folder(staging / EXPORTS / exporter.name)
         with files.writing(folder):
-            exporter.export(model, self.task, folder)
-        difference = exporter.verify(model, folder)
+            exporter.export(model, self.task, self.prepared.samples, folder)
+        found = exporter.verify(model, self.task, self.prepared.samples, folder)
+        difference = found.largest_difference
         if difference != 0:
             raise ExportError(
                 f"{exporter.name}: the weights read back from its files differ by up to {difference:.3g}"
             )
         final = self.output.resolve() / EXPORTS / exporter.name
-        return ExportRecord(str(final), verified=True, largest_difference=difference)
+        return ExportRecord(str(final), True, difference, found.engines, found.notes)

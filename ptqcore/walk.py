@@ -111,6 +111,12 @@ class BlockIO:
         """Outputs of the block as it now is: the tensors of every sample's output."""
         return [tensors_in(output) for output in self.run(exact)]
 
+    def can_join(self) -> bool:
+        """Whether the samples have the same shapes, so that any of them fit in one batch."""
+        flowing = [[tape.flowing[leaf.number].shape for leaf in node.leaves if isinstance(leaf, _Reference)]
+                   for tape, node in zip(self.tapes, self.nodes, strict=True)]  # fmt: skip
+        return all(shapes == flowing[0] for shapes in flowing)
+
     def batch(self, samples: Sequence[int], exact: bool = False) -> Any:
         """Args and kwargs for several samples at once, their flowing tensors joined along dimension 0.
 

@@ -1,12 +1,14 @@
 """The contract of an exporter: write the canonical records to a format, and read them back."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
 from ptqcore.recipe import QuantSection
+from ptqcore.report.record import Verification
 from ptqcore.task import Task
 
 
@@ -31,15 +33,22 @@ class Exporter(ABC):
         """
 
     @abstractmethod
-    def export(self, model: nn.Module, task: Task, folder: Path) -> None:
-        """Write the files into `folder` (it exists and is empty)."""
+    def export(self, model: nn.Module, task: Task, samples: Sequence[Any], folder: Path) -> None:
+        """Write the files into `folder` (it exists and is empty).
+
+        Args:
+            model: the quantized model.
+            task: its task; `task.forward` says how a sample is fed to the model.
+            samples: the calibration samples, for formats that need an example of the inputs.
+            folder: where to write.
+        """
 
     @abstractmethod
-    def verify(self, model: nn.Module, folder: Path) -> float:
+    def verify(self, model: nn.Module, task: Task, samples: Sequence[Any], folder: Path) -> Verification:
         """Read the files back with code that shares nothing with `export`'s packing.
 
-        Returns:
-            The largest absolute difference between the weights in the files and `model`'s.
+        Arguments are those of `export`. An engine that is missing or fails is no error: the record of
+        that engine says so.
 
         Raises:
             ExportError: if a tensor is missing or has another shape.

@@ -38,13 +38,57 @@ class BlockRecord:
 
 
 @dataclass(frozen=True)
+class EngineRecord:
+    """How one engine runs an exported file, next to the quantized model in PyTorch.
+
+    problem: why the engine could not be asked; empty if it was.
+    layers: layer → why it does not run in integers, None where it does.
+    samples: calibration samples whose outputs were compared.
+    within_one_step: share of the outputs that differ by at most one step of their grid (outputs that
+    stay in floating point: 1/127 of the largest).
+    largest_steps: the largest difference, in steps.
+    histogram: difference in steps → share of the outputs.
+    agreement: share of the places where the same channel is the largest; None where outputs have none.
+    """
+
+    engine: str
+    problem: str = ""
+    layers: dict[str, str | None] = field(default_factory=dict)
+    samples: int = 0
+    within_one_step: float = 0.0
+    largest_steps: float = 0.0
+    histogram: dict[str, float] = field(default_factory=dict)
+    agreement: float | None = None
+
+    @property
+    def in_integer(self) -> int:
+        """How many layers run in integers."""
+        return sum(reason is None for reason in self.layers.values())
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found when the files of an export were read back.
+
+    largest_difference: between the weights in the files and the quantized model's.
+    engines: how engines run the files, for formats that an engine at hand can run.
+    notes: sentences for the report, on whatever the format could not hold as it was.
+    """
+
+    largest_difference: float
+    engines: tuple[EngineRecord, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ExportRecord:
-    """One exported format; largest_difference is between the weights read back from its files and
-    the quantized model's."""
+    """One exported format; `verified` says that its weights are the quantized model's."""
 
     path: str
     verified: bool
     largest_difference: float
+    engines: tuple[EngineRecord, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass

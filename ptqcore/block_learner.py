@@ -1,0 +1,133 @@
+"""One block while its rounding is learned: what it computes with the variables as they now are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ptqcore import edges
+from ptqcore.dataflow import tensors_in
+from ptqcore.edges import TensorFunction
+from ptqcore.modules import rows_to_weight
+from ptqcore.placement import Edge
+from ptqcore.quantizers import FakeQuant, LearnedRounding, LearnedStep, random_mask
+from ptqcore.walk import BlockIO
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One run of the optimiser.
+
+    roundings, steps: what is learned. keep: probability that an activation inside the block is
+    rounded; inputs: probability that an element of the block's input comes from the quantized prefix,
+    not from the full-precision model. share: of the iterations.
+    """
+
+    roundings: bool
+    steps: bool
+    keep: float
+    inputs: float
+    share: float = 1.0
+
+
+class BlockLearner:
+    """Computes a block with learned weights and activation steps, for a `Problem`."""
+
+    def __init__(
+        self,
+        io: BlockIO,
+        exact: list[list[Tensor]],
+        roundings: dict[str, LearnedRounding],
+        quantizers: dict[Edge, FakeQuant],
+        precision: torch.dtype,
+    ) -> None:
+        """Args:
+        io: the block's inputs, in both streams.
+        exact: what the full-precision model has at the block's output, for every sample.
+        roundings: by path of the layer.
+        quantizers: of the activations inside the block.
+        precision: of the computation.
+        """
+        self.io, self.exact = io, exact
+        self.roundings, self.quantizers = roundings, quantizers
+        self.learned = {
+            id(quantizer): LearnedStep(quantizer)
+            for quantizer in quantizers.values()
+            if not quantizer.spec.dynamic and not quantizer.spec.is_float
+        }
+        self._precision = precision
+        self._weights: dict[str, Tensor] = {}
+
+    def decide(self) -> None:
+        """Compute with decided weights from now on."""
+        layers = self.io.block.layers()
+        self._weights = {
+            path: rows_to_weight(rounding.hard().dequantize(), layers[path])
+            for path, rounding in self.roundings.items()
+        }
+
+    def predict(self, phase: Phase, generator: torch.Generator, samples: Sequence[int]) -> list[Tensor]:
+        """The block's output tensors for a batch of samples."""
+        args, kwargs = self._inputs(phase.inputs, generator, samples)
+        block = self.io.block
+        functions = {
+            edge: self._rounding(quantizer, phase, generator) for edge, quantizer in self.quantizers.items()
+        }
+        with (
+            torch.autocast("cpu", self._precision, enabled=self._precision != torch.float32),
+            edges.applying(block.module, block.path, functions if phase.keep else {}),
+        ):
+            output = functional_call(block.module, self._parameters(phase), args, kwargs)
+        return [tensor.float() for tensor in tensors_in(output)]
+
+    def target(self, samples: Sequence[int]) -> list[Tensor]:
+        """What the full-precision model has there."""
+        return [torch.cat(parts) for parts in zip(*(self.exact[s] for s in samples), strict=True)]
+
+    def _parameters(self, phase: Phase) -> dict[str, Tensor]:
+        block = self.io.block
+        layers: dict[str, nn.Module] = block.layers()
+        start = len(block.path) + 1 if block.path else 0
+        found = {}
+        for path, rounding in self.roundings.items():
+            name = f"{path[start:]}.weight".lstrip(".")
+            weight = self._weights.get(path)
+            found[name] = rows_to_weight(rounding.weight, layers[path]) if weight is None else weight
+        return found
+
+    def _rounding(self, quantizer: FakeQuant, phase: Phase, generator: torch.Generator) -> TensorFunction:
+        return partial(self._round, quantizer, phase, generator)
+
+    def _round(self, quantizer: FakeQuant, phase: Phase, generator: torch.Generator, x: Tensor) -> Tensor:
+        """x on its grid, each element with the probability of the phase."""
+        keep = random_mask(tuple(x.shape), phase.keep, generator) if phase.keep < 1 else None
+        learned = self.learned.get(id(quantizer))
+        if learned is not None:
+            return learned(x.float(), keep).to(x.dtype)
+        rounded = quantizer(x)
+        return rounded if keep is None else torch.where(keep, rounded, x)
+
+    def _inputs(self, share: float, generator: torch.Generator, samples: Sequence[int]) -> Any:
+        """Args and kwargs, their elements from the two streams at random."""
+        if share == 1:
+            return self.io.batch(samples)
+        exact = self.io.batch(samples, exact=True)
+        if share == 0:
+            return exact
+        leaves, structure = tree_flatten(self.io.batch(samples))
+        mixed = [
+            one if one is other else _mix(one, other, share, generator)
+            for one, other in zip(leaves, tree_flatten(exact)[0], strict=True)
+        ]
+        return tree_unflatten(mixed, structure)
+
+
+def _mix(one: Any, other: Any, share: float, generator: torch.Generator) -> Any:
+    if not isinstance(one, Tensor) or not one.is_floating_point():
+        return one
+    return other.lerp(one, random_mask(tuple(one.shape), share, generator).to(one.dtype))

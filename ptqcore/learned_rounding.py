@@ -1,0 +1,185 @@
+"""The steps `brecq` and `qdrop`: rounding learned by reconstructing each block's output."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import ClassVar, Literal
+from zlib import crc32
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from ptqcore.allocator import keep_freed_memory
+from ptqcore.block_learner import BlockLearner, Phase
+from ptqcore.blocks import Block
+from ptqcore.calibration import Calibration
+from ptqcore.dataflow import Dataflow, inside
+from ptqcore.errors import ModelError
+from ptqcore.modules import weight_rows
+from ptqcore.packed import QuantizedTensor
+from ptqcore.placement import LAYERS, Edge
+from ptqcore.quantizers import FakeQuant, LearnedRounding
+from ptqcore.reconstruction import Loss, Problem, Schedule, mean_squared_error, reconstruct
+from ptqcore.step import Step, StepOptions
+
+_CACHE_BYTES = 2**23
+_INPUTS = {"quantized": 1.0, "full-precision": 0.0}
+
+
+class ReconstructOptions(StepOptions):
+    """iterations, batch: updates per block and samples in each. rate, step_rate: learning rates of
+    the rounding variables, and of the activation steps (relative to the step); null chooses them so
+    that this many iterations can move a variable across its range. precision: of the block's
+    computation. inputs: what flows into a block while it learns."""
+
+    iterations: int = Field(default=400, ge=1)
+    batch: int = Field(default=16, ge=1)
+    rate: float | None = Field(default=None, gt=0)
+    step_rate: float | None = Field(default=None, gt=0)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    inputs: Literal["quantized", "full-precision", "mixed"] = "quantized"
+
+    def schedule(self, share: float = 1.0) -> Schedule:
+        """The schedule of one block, or of a share of its iterations."""
+        iterations = max(round(self.iterations * share), 1)
+        rate = self.rate or max(1e-3, 6.0 / iterations)
+        step_rate = self.step_rate or min(1e-2, 3.0 / iterations)
+        return Schedule(iterations, self.batch, rate, step_rate)
+
+
+class Reconstruct(Step):
+    """Learns the rounding of a block's weights, and the steps of its activations.
+
+    `loss(predicted, target, block)` may be replaced by a subclass: both are lists of the block's
+    output tensors [samples, …], `block` is its path.
+    """
+
+    Options = ReconstructOptions
+    options: ReconstructOptions
+    needs_exact = True
+    loss: ClassVar[Loss] = staticmethod(mean_squared_error)
+
+    def prepare(self, model: nn.Module, flow: Dataflow) -> None:
+        """Keep the map: where layers read their inputs, and how large tensors are."""
+        keep_freed_memory()
+        self._flow = flow
+
+    def phases(self) -> Sequence[Phase]:
+        """What is learned, in order."""
+        raise NotImplementedError
+
+    def block(self, block: Block, calibration: Calibration) -> None:
+        roundings = {
+            path: LearnedRounding(weight_rows(layer), self.nearest(path, layer))
+            for path, layer in self.context.targets(block).items()
+        }
+        quantizers = calibration.quantizers | self._input_quantizers(roundings, calibration)
+        precision = getattr(torch, self.options.precision)
+        learner = BlockLearner(calibration.io, calibration.exact, roundings, quantizers, precision)
+        generator = self._generator(block)
+        for phase in self.phases():
+            if not phase.roundings:
+                learner.decide()
+            problem = Problem(
+                block.path,
+                len(calibration.io),
+                partial(learner.predict, phase, generator),
+                learner.target,
+                list(roundings.values()) if phase.roundings else [],
+                list(learner.learned.values()) if phase.steps and phase.keep else [],
+                type(self).loss,
+                self._at_once(block, calibration),
+            )
+            try:
+                reconstruct(problem, self.options.schedule(phase.share), generator)
+            except FloatingPointError as error:
+                raise ModelError(f"{error}: lower the step's rate, or use precision float32") from None
+            calibration.losses += problem.history
+        for learned in learner.learned.values():
+            learned.finish()
+        self._finish(block, calibration, roundings, quantizers)
+
+    def nearest(self, path: str, layer: nn.Module) -> QuantizedTensor:
+        """The weight rounded to nearest: its grid is kept, and learning starts there."""
+        spec = self.context.grids.weights(path).spec
+        return QuantizedTensor.from_range(weight_rows(layer), *self.weight_range(path, layer), spec)
+
+    def _finish(
+        self,
+        block: Block,
+        calibration: Calibration,
+        roundings: dict[str, LearnedRounding],
+        quantizers: dict[Edge, FakeQuant],
+    ) -> None:
+        """Put the quantized layers in, their inputs with the learned steps."""
+        for path, rounding in roundings.items():
+            layer = self.quantize_layer(block, calibration, path, rounding.hard())
+            if layer.input_quantizer is not None and layer.input_quantizer.scale is not None:
+                layer.input_quantizer.scale = quantizers[self._inputs_of(path)[0]].scale
+
+    def _input_quantizers(
+        self, roundings: dict[str, LearnedRounding], calibration: Calibration
+    ) -> dict[Edge, FakeQuant]:
+        """In the scope `layers`: a quantizer for the input of each layer, shared by its calls."""
+        found: dict[Edge, FakeQuant] = {}
+        for path in roundings:
+            quant, observer = self.context.grids.inputs(path), calibration.observer(path)
+            if quant is None:
+                continue
+            quantizer = FakeQuant(quant.spec)
+            if observer is not None:
+                quantizer.set_range(*observer.range())
+            found.update(dict.fromkeys(self._inputs_of(path), quantizer))
+        return found
+
+    def _inputs_of(self, path: str) -> list[Edge]:
+        """Where the layer at `path` reads its input, once per call of it."""
+        ops = [op for op in self._flow.ops if op.site.owner == path and op.name in LAYERS]
+        return [Edge(op.site, "input") for op in ops]
+
+    def _generator(self, block: Block) -> torch.Generator:
+        """Random numbers of one block: the same whatever ran before it."""
+        return torch.Generator().manual_seed(self.context.seed * 2**31 + crc32(block.path.encode()))
+
+    def _at_once(self, block: Block, calibration: Calibration) -> int:
+        """How many samples are computed at once: their largest tensor fits the processor's cache."""
+        if not calibration.io.can_join():
+            return 1
+        numbers = [n for op in self._flow.ops if inside(op.site.owner, block.path) for n in op.outputs]
+        largest = max((torch.Size(self._flow.shapes[n]).numel() for n in numbers), default=1) * 4
+        return max(1, _CACHE_BYTES // largest)
+
+
+class BRECQ(Reconstruct):
+    """Rounding learned with activations in full precision, the activation steps afterwards
+    (Li et al., arXiv 2102.05426)."""
+
+    name = "brecq"
+
+    def phases(self) -> Sequence[Phase]:
+        inputs = _INPUTS.get(self.options.inputs, 0.5)
+        return (
+            Phase(roundings=True, steps=False, keep=0.0, inputs=inputs),
+            Phase(roundings=False, steps=True, keep=1.0, inputs=inputs, share=0.25),
+        )
+
+
+class QDropOptions(ReconstructOptions):
+    """As of reconstruction; keep: probability that an activation is rounded in an update, element by
+    element. With inputs `mixed` so is the block's input, else the full-precision model's is taken."""
+
+    keep: float = Field(default=0.5, ge=0, le=1)
+    inputs: Literal["quantized", "full-precision", "mixed"] = "mixed"
+
+
+class QDrop(Reconstruct):
+    """Rounding and activation steps learned together, each activation rounded at random
+    (Wei et al., arXiv 2203.05740)."""
+
+    name = "qdrop"
+    Options = QDropOptions
+    options: QDropOptions
+
+    def phases(self) -> Sequence[Phase]:
+        keep = self.options.keep
+        return (Phase(True, True, keep, _INPUTS.get(self.options.inputs, keep)),)

@@ -1,0 +1,177 @@
+"""The optimiser: rounding and activation steps that bring a block's output back to its target.
+
+One loop serves three methods. AdaRound (arXiv 2004.10568) reconstructs single layers with activations
+in full precision; BRECQ (arXiv 2102.05426) does so for whole blocks; QDrop (arXiv 2203.05740) rounds
+each activation with a probability, and learns the activation steps at the same time.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptqcore.quantizers import LearnedRounding, LearnedStep
+
+Loss = Callable[[list[Tensor], list[Tensor], str], Tensor]
+
+
+def mean_squared_error(predicted: list[Tensor], target: list[Tensor], block: str) -> Tensor:
+    """Σ over output tensors of the mean of (predicted − target)²: the default loss of a block."""
+    errors = [torch.mean((p - t).square()) for p, t in zip(predicted, target, strict=True)]
+    return torch.stack(errors).sum()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast.
+
+    iterations: updates; batch: samples in each. warmup: share of the iterations without the rounding
+    regulariser; beta: its exponent at the end of the warm-up and at the end. The regulariser weighs
+    `regularisation` (first, last) times the reconstruction loss, both as they stand at the end of the
+    warm-up, so that one recipe serves losses of any magnitude.
+    """
+
+    iterations: int
+    batch: int
+    rounding_rate: float
+    step_rate: float
+    warmup: float = 0.2
+    beta: tuple[float, float] = (20.0, 2.0)
+    regularisation: tuple[float, float] = (1.0, 10.0)
+
+    def progress(self, iteration: int) -> float:
+        """Share of the way from the end of the warm-up to the end; negative during the warm-up."""
+        first = self.warmup * self.iterations
+        return (iteration - first) / max(self.iterations - first, 1)
+
+
+@dataclass
+class Problem:
+    """What is reconstructed.
+
+    predict: sample numbers → the block's output tensors with the variables as they now are.
+    target: sample numbers → what they should be. samples: how many there are.
+    """
+
+    name: str
+    samples: int
+    predict: Callable[[Sequence[int]], list[Tensor]]
+    target: Callable[[Sequence[int]], list[Tensor]]
+    roundings: list[LearnedRounding]
+    steps: list[LearnedStep]
+    loss: Loss = mean_squared_error
+    at_once: int = 1
+    history: list[float] = field(default_factory=list)
+
+
+def reconstruct(problem: Problem, schedule: Schedule, generator: torch.Generator) -> None:
+    """Minimise a problem's loss over its roundings and steps; `history` gets the loss of each update.
+
+    Each update takes a random batch and computes it `at_once` samples at a time, which keeps tensors
+    in the processor's cache and gives the same gradient. Stops early when every rounding is decided
+    and the loss has settled.
+
+    Raises:
+        FloatingPointError: if the loss is not finite.
+    """
+    optimizer = _optimizer(problem, schedule)
+    if optimizer is None:
+        return
+    regulariser = _Regulariser(problem.roundings, schedule)
+    settled = _Settled(schedule)
+    for iteration in range(schedule.iterations):
+        optimizer.zero_grad()
+        for rounding in problem.roundings:
+            rounding.begin()
+        loss = _accumulate(problem, schedule.batch, generator)
+        for rounding in problem.roundings:
+            rounding.end()
+        regulariser.add_gradients(iteration, loss)
+        for group in optimizer.param_groups:
+            group["lr"] = group["first"] * (
+                _cosine(iteration / schedule.iterations) if group["cosine"] else 1
+            )
+        optimizer.step()
+        problem.history.append(loss)
+        if settled.after(loss) and regulariser.decided(iteration):
+            break
+
+
+def _optimizer(problem: Problem, schedule: Schedule) -> torch.optim.Optimizer | None:
+    """Adam; the rate of the steps falls to 0 as half a cosine, that of the roundings stays."""
+    groups: list[dict[str, Any]] = []
+    if problem.roundings:
+        variables = [rounding.variable for rounding in problem.roundings]
+        groups.append({"params": variables, "first": schedule.rounding_rate, "cosine": False})
+    if problem.steps:
+        variables = [step.variable for step in problem.steps]
+        groups.append({"params": variables, "first": schedule.step_rate, "cosine": True})
+    return torch.optim.Adam(groups) if groups and schedule.iterations else None
+
+
+def _cosine(share: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * share))
+
+
+def _accumulate(problem: Problem, batch: int, generator: torch.Generator) -> float:
+    """Gradients of the loss of one random batch; the loss."""
+    order = torch.randperm(problem.samples, generator=generator)[:batch].tolist()
+    total = 0.0
+    for start in range(0, len(order), problem.at_once):
+        chosen = order[start : start + problem.at_once]
+        loss = problem.loss(problem.predict(chosen), problem.target(chosen), problem.name)
+        loss = loss * (len(chosen) / len(order))
+        loss.backward()
+        total += float(loss.detach())
+    if not math.isfinite(total):
+        raise FloatingPointError(f"the reconstruction loss of block {problem.name!r} is {total}")
+    return total
+
+
+class _Regulariser:
+    """λ · Σ (1 − |2h − 1|^β), which drives every h(V) to 0 or 1 (AdaRound, eq. 24)."""
+
+    def __init__(self, roundings: list[LearnedRounding], schedule: Schedule) -> None:
+        self._roundings, self._schedule = roundings, schedule
+        self._unit: float | None = None  # λ for a weight of 1
+
+    def add_gradients(self, iteration: int, loss: float) -> None:
+        """Add the gradients of this iteration; the first one after the warm-up fixes the unit."""
+        progress = self._schedule.progress(iteration)
+        if progress < 0 or not self._roundings:
+            return
+        start, end = self._schedule.beta
+        beta = start + (end - start) * progress
+        terms = [(1 - (2 * r.share_up() - 1).abs().pow(beta)).sum() for r in self._roundings]
+        total = torch.stack(terms).sum()
+        if self._unit is None:
+            self._unit = loss / max(float(total), 1e-12)
+        first, last = self._schedule.regularisation
+        weight = first * (last / first) ** progress
+        (total * (weight * self._unit)).backward()  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def decided(self, iteration: int) -> bool:
+        """Whether 99.5 % of the roundings have left (0.05, 0.95)."""
+        if self._schedule.progress(iteration) < 0:
+            return False
+        open_ = sum(int(((s := r.share_up()) > 0.05).logical_and_(s < 0.95).sum()) for r in self._roundings)
+        return open_ <= 0.005 * sum(r.variable.numel() for r in self._roundings)
+
+
+class _Settled:
+    """Whether the smoothed loss has not fallen by 0.1 % over the last tenth of the budget."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._window = max(schedule.iterations // 10, 10)
+        self._smooth: list[float] = []
+
+    def after(self, loss: float) -> bool:
+        smooth = self._smooth[-1] + 0.1 * (loss - self._smooth[-1]) if self._smooth else loss
+        self._smooth.append(smooth)
+        if len(self._smooth) <= self._window:
+            return False
+        return smooth > 0.999 * self._smooth[-1 - self._window]
