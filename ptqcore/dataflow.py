@@ -187,7 +187,6 @@ _ALIASES = {
     "bmm": "matmul",
     "clip": "clamp",
     "hardtanh": "clamp",
-    "relu6": "clamp",
     "upsample": "interpolate",
 }
 

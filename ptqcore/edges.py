@@ -7,7 +7,7 @@ while a module computes: layers, `x + y` and `torch.cat` alike, without changing
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -157,6 +157,7 @@ class ActivationQuantizers(nn.Module):
 def _quantized(kind: type[nn.Module]) -> type[nn.Module]:
     """A subclass whose forward pass applies the model's activation quantizers."""
 
+    @wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         with applying(self, "", getattr(self, ATTRIBUTE).functions()):
             return kind.forward(self, *args, **kwargs)
@@ -168,3 +169,19 @@ def quantizers_of(model: nn.Module) -> ActivationQuantizers | None:
     """The quantizers attached to a model."""
     found = getattr(model, ATTRIBUTE, None)
     return found if isinstance(found, ActivationQuantizers) else None
+
+
+@contextmanager
+def detached(model: nn.Module) -> Iterator[None]:
+    """Run the model without its activation quantizers."""
+    quantizers, kind = quantizers_of(model), type(model)
+    if quantizers is None:
+        yield
+        return
+    model.__class__ = kind.__base__  # type: ignore[assignment]
+    delattr(model, ATTRIBUTE)
+    try:
+        yield
+    finally:
+        model.add_module(ATTRIBUTE, quantizers)
+        model.__class__ = kind

@@ -66,7 +66,7 @@ class Reconstruct(Step):
 
     def phases(self) -> Sequence[Phase]:
         """What is learned, in order."""
-        raise NotImplementedError
+        return ()
 
     def block(self, block: Block, calibration: Calibration) -> None:
         roundings = {
@@ -90,10 +90,7 @@ class Reconstruct(Step):
                 type(self).loss,
                 self._at_once(block, calibration),
             )
-            try:
-                reconstruct(problem, self.options.schedule(phase.share), generator)
-            except FloatingPointError as error:
-                raise ModelError(f"{error}: lower the step's rate, or use precision float32") from None
+            self._reconstruct(problem, self.options.schedule(phase.share), generator)
             calibration.losses += problem.history
         for learned in learner.learned.values():
             learned.finish()
@@ -103,6 +100,12 @@ class Reconstruct(Step):
         """The weight rounded to nearest: its grid is kept, and learning starts there."""
         spec = self.context.grids.weights(path).spec
         return QuantizedTensor.from_range(weight_rows(layer), *self.weight_range(path, layer), spec)
+
+    def _reconstruct(self, problem: Problem, schedule: Schedule, generator: torch.Generator) -> None:
+        try:
+            reconstruct(problem, schedule, generator)
+        except FloatingPointError as error:
+            raise ModelError(f"{error}: lower the step's rate, or use precision float32") from None
 
     def _finish(
         self,

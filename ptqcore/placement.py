@@ -39,7 +39,7 @@ ARITHMETIC = {
     "mean",
     "interpolate",
 }
-CLIPPING = {"relu", "clamp"}
+CLIPPING = {"relu", "relu6", "clamp"}
 MOVING = {
     "adaptive_max_pool2d",
     "chunk",

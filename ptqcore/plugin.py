@@ -66,6 +66,7 @@ BUILT_IN = Plugin(
     name=CORE,
     steps={
         "round": "ptqcore.rounding:Round",
+        "adaround": "ptqcore.adaround:AdaRound",
         "brecq": "ptqcore.learned_rounding:BRECQ",
         "qdrop": "ptqcore.learned_rounding:QDrop",
     },

@@ -124,7 +124,7 @@ def _accumulate(problem: Problem, batch: int, generator: torch.Generator) -> flo
         chosen = order[start : start + problem.at_once]
         loss = problem.loss(problem.predict(chosen), problem.target(chosen), problem.name)
         loss = loss * (len(chosen) / len(order))
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
     if not math.isfinite(total):
         raise FloatingPointError(f"the reconstruction loss of block {problem.name!r} is {total}")
@@ -151,7 +151,7 @@ class _Regulariser:
             self._unit = loss / max(float(total), 1e-12)
         first, last = self._schedule.regularisation
         weight = first * (last / first) ** progress
-        (total * (weight * self._unit)).backward()  # type: ignore[no-untyped-call]
+        (total * (weight * self._unit)).backward()
 
     @torch.no_grad()
     def decided(self, iteration: int) -> bool:

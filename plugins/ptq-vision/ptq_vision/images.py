@@ -1,0 +1,121 @@
+"""Pictures from a folder or from an .npz file, read one at a time."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ptq_vision.preprocess import Pixels
+from ptqcore import DataError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
+_ARRAYS = ".npz"
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Pictures in a fixed order.
+
+    names: of each picture; for files the path below the folder, with `/`.
+    read: picture number i as pixels [h, w, 3].
+    labels: those that lie in the same .npz file: classes [n] or label maps [n, h, w].
+    """
+
+    names: Sequence[str]
+    read: Callable[[int], Pixels]
+    labels: NDArray[Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def read_images(source: str, key: str) -> ImageSet:
+    """The pictures of a folder and its subfolders, sorted by path, or of an .npz file.
+
+    Args:
+        source: a folder of jpeg, png, bmp, webp or ppm files, or an .npz file with `images`
+            [n, 3, h, w] uint8 and maybe `labels`.
+        key: the recipe key that names it, for errors.
+
+    Raises:
+        DataError: if there is nothing to read. A damaged picture raises it when it is read.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _folder(path, f"{key} {source!r}")
+    if path.is_file() and path.suffix == _ARRAYS:
+        return _arrays(path, f"{key} {source!r}")
+    if path.is_file():
+        raise DataError(f"{key} {source!r} is a file, but not an .npz one: give the folder of the pictures")
+    raise DataError(f"{key} {source!r} does not exist: give a folder of pictures, or an .npz file")
+
+
+def spread(total: int, count: int) -> list[int]:
+    """`count` of the numbers 0 to total - 1, evenly spaced; all of them if there are fewer."""
+    if count >= total:
+        return list(range(total))
+    return [int(number) for number in np.linspace(0, total - 1, count).round()]
+
+
+def open_picture(path: Path, label: str) -> Image.Image:
+    """A decoded picture.
+
+    Raises:
+        DataError: beginning with the label, if the file is damaged.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = Image.open(path)
+            picture.load()
+    except (OSError, SyntaxError, ValueError, Warning, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{label}: {path.name!r} cannot be read, replace or remove it: {reason}") from error
+    return picture
+
+
+def _folder(folder: Path, label: str) -> ImageSet:
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+    )
+    if not files:
+        raise DataError(f"{label} holds no picture: it needs files ending in {', '.join(SUFFIXES)}")
+
+    def read(index: int) -> Pixels:
+        picture = open_picture(files[index], label)
+        if picture.mode.startswith(("I", "F")):
+            raise DataError(
+                f"{label}: {files[index].name!r} has more than 8 bits a channel: convert it to 8 bits"
+            )
+        return np.asarray(picture.convert("RGB"))
+
+    return ImageSet([file.relative_to(folder).as_posix() for file in files], read)
+
+
+def _arrays(file: Path, label: str) -> ImageSet:
+    try:
+        with np.load(file, allow_pickle=False) as content:
+            arrays = {name: content[name] for name in content.files if name in ("images", "labels")}
+    except (OSError, ValueError, BadZipFile) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{label} cannot be read as an .npz file of plain arrays: {reason}") from error
+    images = arrays.get("images")
+    if images is None:
+        raise DataError(f"{label} has no array 'images': it must be [n, 3, height, width], uint8")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3 or not images.size:
+        shape = f"{list(images.shape)} {images.dtype}"
+        raise DataError(f"{label}: 'images' is {shape}, it must be [n, 3, height, width] uint8, red first")
+    labels = arrays.get("labels")
+    if labels is not None and (len(labels) != len(images) or labels.dtype.kind not in "iu"):
+        shape = f"{list(labels.shape)} {labels.dtype}"
+        raise DataError(f"{label}: 'labels' is {shape}, it must hold one integer entry per image")
+    names = [str(index) for index in range(len(images))]
+    return ImageSet(names, lambda index: images[index].transpose(1, 2, 0), labels)

@@ -1,0 +1,1 @@
+"""OpenMMLab models: segmentation networks of mmseg and one-stage detectors of mmdet."""

@@ -1,0 +1,114 @@
+"""The step `adaround`: rounding learned layer by layer (Nagel et al., arXiv 2004.10568)."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ptqcore.blocks import Block
+from ptqcore.calibration import Calibration
+from ptqcore.dataflow import Op
+from ptqcore.learned_rounding import Reconstruct, ReconstructOptions
+from ptqcore.modules import rows_to_weight, weight_rows
+from ptqcore.placement import CLIPPING, LAYERS
+from ptqcore.quantizers import LearnedRounding
+from ptqcore.reconstruction import Problem
+
+
+class AdaRoundOptions(ReconstructOptions):
+    """As of reconstruction, of every layer on its own."""
+
+    inputs: Literal["quantized", "full-precision"] = Field(default="quantized")
+
+
+class AdaRound(Reconstruct):
+    """Minimises ‖f(Wx) − f(W̃x̂)‖² for one layer after the other (eq. 25): x from the full-precision
+    model, x̂ from the quantized prefix, f the clipping activation function behind the layer, if any."""
+
+    name = "adaround"
+    Options: ClassVar[type[ReconstructOptions]] = AdaRoundOptions
+    options: AdaRoundOptions
+
+    def block(self, block: Block, calibration: Calibration) -> None:
+        layers = self.context.targets(block)
+        called = dict.fromkeys(call.path for call in self._flow.calls if call.path in layers)
+        outputs = self._record(calibration, called, exact=True, output=True)
+        generator = self._generator(block)
+        for path in called:
+            if self.options.inputs == "quantized":
+                inputs = self._record(calibration, [path], exact=False, output=False)[path]
+            else:
+                inputs = self._record(calibration, [path], exact=True, output=False)[path]
+            layer = layers[path]
+            rounding = LearnedRounding(weight_rows(layer), self.nearest(path, layer))
+            problem = _problem(path, layer, rounding, inputs, outputs.pop(path), self._behind(path))
+            problem.at_once = self._at_once(Block(block.model, path), calibration)
+            self._reconstruct(problem, self.options.schedule(), generator)
+            calibration.losses += problem.history
+            self.quantize_layer(block, calibration, path, rounding.hard())
+
+    def _record(
+        self, calibration: Calibration, paths: Iterable[str], exact: bool, output: bool
+    ) -> dict[str, list[Tensor]]:
+        """What flows into, or out of, some layers of the block as it now is, call by call."""
+        found: dict[str, list[Tensor]] = defaultdict(list)
+
+        def hook(path: str) -> Callable[..., None]:
+            def note(_: nn.Module, args: Any, result: Tensor) -> None:
+                found[path].append(result if output else args[0])
+
+            return note
+
+        io = calibration.io
+        model = io.block.model
+        handles = [model.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
+        functions, io.functions = io.functions, {} if exact else io.functions
+        try:
+            for _ in io.run(exact):
+                pass
+        finally:
+            io.functions = functions
+            for handle in handles:
+                handle.remove()
+        return found
+
+    def _behind(self, path: str) -> Op | None:
+        """The clipping function that alone reads what the layer at `path` returns."""
+        ops = [op for op in self._flow.ops if op.site.owner == path and op.name in LAYERS]
+        readers = self._flow.consumers().get(ops[0].outputs[0], []) if ops else []
+        return readers[0] if len(readers) == 1 and readers[0].name in CLIPPING else None
+
+
+def _problem(
+    path: str,
+    layer: nn.Module,
+    rounding: LearnedRounding,
+    inputs: list[Tensor],
+    outputs: list[Tensor],
+    behind: Op | None,
+) -> Problem:
+    after: Callable[[Tensor], Tensor] = partial(_clip, behind) if behind else lambda x: x
+
+    def predict(samples: Sequence[int]) -> list[Tensor]:
+        x = torch.cat([inputs[sample] for sample in samples])
+        weight = {"weight": rows_to_weight(rounding.weight, layer)}
+        return [after(functional_call(layer, weight, (x,)))]
+
+    def target(samples: Sequence[int]) -> list[Tensor]:
+        return [after(torch.cat([outputs[sample] for sample in samples]))]
+
+    return Problem(path, len(inputs), predict, target, [rounding], [])
+
+
+def _clip(op: Op, x: Tensor) -> Tensor:
+    if op.name == "relu":
+        return x.relu()
+    if op.name == "relu6":
+        return x.clamp(0, 6)
+    bounds = [n for n in op.arguments if isinstance(n, int | float) and not isinstance(n, bool)]
+    return x.clamp(*bounds) if len(bounds) == 2 else x
