@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ptqcore import grid
 from ptqcore.blocks import Block
 from ptqcore.calibration import Calibration
+from ptqcore.dataflow import Dataflow
 from ptqcore.errors import ModelError, RecipeError, nearest
 from ptqcore.modules import QuantModule, quantizable_layers, weight_rows
 from ptqcore.recipe import QuantSection
@@ -86,6 +87,12 @@ def check_targets(model: nn.Module, quant: QuantSection, excluded: dict[str, str
             f"unless quant.ignore names them; found {', '.join(kinds)}"
         )
     return targets
+
+
+def never_called(model: nn.Module, flow: Dataflow) -> dict[str, str]:
+    """Layers that a forward pass does not use, and that cannot be calibrated therefore: path → reason."""
+    reason = "not used by the forward pass on a calibration sample"
+    return {path: reason for path in quantizable_layers(model) if not flow.called(path)}
 
 
 def check_done(blocks: Iterable[Block], context: Context) -> None:

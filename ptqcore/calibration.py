@@ -1,14 +1,14 @@
 """What the calibration samples say about one block: collected in one pass, shared by all steps."""
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from ptqcore.blocks import Block
 from ptqcore.dataflow import inside, tensors_in
-from ptqcore.edges import ActivationQuantizers, TensorFunction
+from ptqcore.edges import ActivationQuantizers
 from ptqcore.grids import Grids
 from ptqcore.observers import Observer
 from ptqcore.placement import Edge
@@ -52,6 +52,7 @@ class Calibration:
         self._new_observer = new_observer
         self._grams: dict[str, Gram] = {}
         self._observers: dict[str, Observer] = {}
+        self._reached: set[Edge] = set()
         self._edges = {edge: new_observer(quant) for edge, quant in self.edges.items()}
 
     @property
@@ -79,7 +80,7 @@ class Calibration:
         handles = [
             layer.register_forward_pre_hook(self._watch(path, latest)) for path, layer in layers.items()
         ]
-        self.io.functions = {edge: _observing(observer) for edge, observer in self._edges.items()}
+        self.io.functions = {edge: partial(self._observe, edge) for edge in self._edges}
         try:
             outputs = []
             for output in self.io.run():
@@ -90,6 +91,11 @@ class Calibration:
             self.io.functions = {}
             for handle in handles:
                 handle.remove()
+
+    def _observe(self, edge: Edge, x: Tensor) -> Tensor:
+        self._edges[edge].update(x)
+        self._reached.add(edge)
+        return x
 
     def gram(self, path: str) -> Gram | None:
         """The Gram of the inputs of a linear layer; None for other layers, or if it was never called."""
@@ -105,8 +111,9 @@ class Calibration:
         """Give the block's activation quantizers the observed ranges; every later run applies them."""
         _ = self.targets
         for edge, observer in self._edges.items():
-            quantizers[edge].set_range(*observer.range())
-            self.quantizers[edge] = quantizers[edge]
+            if edge in self._reached:
+                quantizers[edge].set_range(*observer.range())
+                self.quantizers[edge] = quantizers[edge]
         self.io.functions = {edge: quantizer.forward for edge, quantizer in self.quantizers.items()}
 
     def _watch(self, path: str, latest: dict[str, Any]) -> Callable[..., None]:
@@ -133,11 +140,3 @@ class Calibration:
         if latest.get("tensor") is not x or latest["gram"] is not gram:
             gram.update(x)
         latest.update(tensor=x, gram=gram)
-
-
-def _observing(observer: Observer) -> TensorFunction:
-    def observe(x: Tensor) -> Tensor:
-        observer.update(x)
-        return x
-
-    return observe

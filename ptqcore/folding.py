@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from ptqcore.dataflow import Dataflow, op_name, tensors_in
+from ptqcore.dataflow import Dataflow, op_name
 from ptqcore.modules import LAYERS_WITH_ROWS, rows_to_weight, weight_rows
 from ptqcore.progress import say
 
@@ -55,7 +55,7 @@ def find_norms(model: nn.Module, flow: Dataflow) -> dict[str, str]:
 
 
 def fold(model: nn.Module, flow: Dataflow, run: Callable[[], object]) -> dict[str, str]:
-    """Fold every batch norm that can be, and make sure that the outputs stay.
+    """Fold every batch norm that can be, each checked on what flows through it.
 
     Args:
         model: the model, in evaluation mode; changed in place.
@@ -63,27 +63,58 @@ def fold(model: nn.Module, flow: Dataflow, run: Callable[[], object]) -> dict[st
         run: one forward pass of the model on a sample.
 
     Returns:
-        Folded norm → layer; empty, and the model as it was, if the outputs would change by more than
-        1e-5 of their largest value.
+        Folded norm → layer. A norm is left alone, and the reason said, if its output would change by
+        more than 1e-5 of its largest value.
     """
     found = find_norms(model, flow)
-    if not found:
-        return {}
-    with torch.no_grad():
-        expected = tensors_in(run())
-        norms = {path: model.get_submodule(path) for path in found}
-        parameters = {layer: dict(model.get_submodule(layer)._parameters) for layer in found.values()}
-        for path, layer in found.items():
-            _scale(model.get_submodule(layer), norms[path])
-        fold_structure(model, found)
-        error = _relative_difference(expected, tensors_in(run()))
-    if error <= TOLERANCE:
-        return found
+    seen = _record(model, found, run) if found else {}
+    folded = {}
     for path, layer in found.items():
-        model.set_submodule(path, norms[path])
-        model.get_submodule(layer)._parameters.update(parameters[layer])
-    say(f"batch norms are left as they are: folded, they would change the outputs by {error:.2g}")
-    return {}
+        error = _fold_pair(model, path, layer, *seen[path])
+        if error <= TOLERANCE:
+            folded[path] = layer
+        else:
+            say(f"batch norm {path!r} is not folded: its output would change by {error:.2g}")
+    return folded
+
+
+def _record(
+    model: nn.Module, pairs: dict[str, str], run: Callable[[], object]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """What goes into the layer, and what comes out of the norm, of every pair."""
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+    handles = []
+    for path, layer in pairs.items():
+        handles += [
+            model.get_submodule(layer).register_forward_pre_hook(
+                lambda _, args, key=path: inputs.update({key: args[0].clone()})
+            ),
+            model.get_submodule(path).register_forward_hook(
+                lambda _, args, output, key=path: outputs.update({key: output.clone()})
+            ),
+        ]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {path: (inputs[path], outputs[path]) for path in pairs}
+
+
+@torch.no_grad()
+def _fold_pair(model: nn.Module, path: str, layer: str, x: Tensor, expected: Tensor) -> float:
+    """Fold one norm; the difference that it makes, and no change where that is too large."""
+    before, norm = model.get_submodule(layer), model.get_submodule(path)
+    parameters = dict(before._parameters)
+    _scale(before, norm)
+    fold_structure(model, {path: layer})
+    error = _relative_difference([expected], [model.get_submodule(path)(before(x))])
+    if error > TOLERANCE:
+        model.set_submodule(path, norm)
+        before._parameters.update(parameters)
+    return error
 
 
 def fold_structure(model: nn.Module, folded: dict[str, str]) -> None:

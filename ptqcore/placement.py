@@ -105,7 +105,7 @@ def find_edges(flow: Dataflow, targets: Iterable[str]) -> list[Edge]:
 def _moves(op: Op) -> bool:
     """Whether an op only moves values: what it makes lies on the grid of what it reads."""
     if op.name == "pad":
-        return "constant" in op.arguments and not any(isinstance(x, float) and x for x in op.arguments)
+        return "constant" in op.arguments and op.arguments[-1] in (None, 0)
     if op.name == "interpolate":
         return "nearest" in op.arguments
     return op.name in MOVING
@@ -147,7 +147,7 @@ class _Placement:
         if len(sources) != 1 or not self.needed.intersection(op.outputs):
             return
         (source,) = sources
-        if op.name != "relu" or len(self.consumers[source]) > 1:
+        if op.name != "relu" or (source in self.producers and len(self.consumers[source]) > 1):
             self.needed.difference_update(op.outputs)
             self.needed.add(source)
 

@@ -70,6 +70,7 @@ BUILT_IN = Plugin(
         "brecq": "ptqcore.learned_rounding:BRECQ",
         "qdrop": "ptqcore.learned_rounding:QDrop",
     },
+    exporters={"onnx-qdq": "ptqcore.export.onnx:OnnxQDQ"},
     observers={
         "minmax": "ptqcore.observers:MinMax",
         "moving-average": "ptqcore.observers:MovingAverage",

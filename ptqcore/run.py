@@ -142,7 +142,7 @@ class _Run:
                 raise DataError("the task gave no calibration samples: give it at least one")
         with self.phase("trace"):
             flow, folded = self._trace(model, lambda: task.forward(model, samples[0]))
-            excluded = task.excluded(model)
+            excluded = audit.never_called(model, flow) | task.excluded(model)
             targets = audit.check_targets(model, recipe.quant, excluded)
             blocks = find_blocks(model, flow, set(targets), recipe.blocks)
             targets = {

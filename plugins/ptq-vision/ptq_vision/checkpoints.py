@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ptq_vision.harmless import harmless
 from ptqcore import ModelError
 
 _NESTED = ("state_dict", "model", "model_state_dict")
@@ -27,7 +28,8 @@ def read(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(harmless()):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ModelError(
             f"{label} cannot be read as a state dict (a damaged file, or one with more than tensors in "

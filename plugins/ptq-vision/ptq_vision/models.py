@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ptq_vision import checkpoints, cifar_resnet, efficientnet_lite, espnet, timm_models
+from ptq_vision.openmmlab import source as openmmlab_source
 from ptq_vision.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from ptq_vision.source import Source
 from ptqcore import ModelError
@@ -24,14 +25,16 @@ def find(model: str) -> Source:
     """The source of a model.
 
     Args:
-        model: one of `NAMES`, `timm:NAME` or a bare name of timm, or an import path
-            `package.module:attribute` of a module, a class or a factory.
+        model: one of `NAMES`, `timm:NAME` or a bare name of timm, a config of mmseg (a file, or
+            `mmseg:NAME`), or an import path `package.module:attribute` of a module, a class or a factory.
 
     Raises:
         ModelError: if there is no such model.
     """
     if model in _OWN:
         return _OWN[model]
+    if openmmlab_source.handles(model):
+        return openmmlab_source.find(model)
     if model.startswith(_TIMM):
         return timm_models.source(model.removeprefix(_TIMM))
     if ":" in model:

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -12,7 +13,7 @@ from ptq_vision.images import read_images, spread
 from ptq_vision.openmmlab import description, evaluation, loading
 from ptq_vision.openmmlab.evaluation import Boxes
 from ptq_vision.openmmlab.preprocessing import Preprocessing
-from ptq_vision.openmmlab.wrap import Network, idle_layers
+from ptq_vision.openmmlab.wrap import Network
 from ptqcore import ArtifactError, DataError, ModelError, Task, TaskOptions, track
 
 MODEL_FILE = "model.json"
@@ -49,8 +50,10 @@ class DetectionOptions(TaskOptions):
 
 
 class Detection(Task):
-    """Metrics in percent: agreement_map, COCO's mean average precision with the full-precision model's
-    boxes of score 0.3 or more as the truth, and map, with the annotations as the truth (where known).
+    """Metrics: output_error, the relative squared error of the head's raw outputs against full
+    precision; in percent, COCO's mean average precision with the annotations as the truth (map, where
+    they are known), and with the full-precision model's boxes of score 0.3 or more (agreement_map,
+    unless it finds none, as a model with random weights does).
     """
 
     name = "detection"
@@ -66,6 +69,7 @@ class Detection(Task):
         size = None if options.size is None else (options.size, options.size)
         self._prepare = Preprocessing.of(self._description, size)
         self._reference: dict[int, Boxes] | None = None
+        self._exact: dict[int, Tensor] = {}
         self._choose_images()
         self._network = Network(loading.load(self._description, options.checkpoint, self.seed))
         head: Any = self._network.get_submodule("model.bbox_head")
@@ -79,29 +83,30 @@ class Detection(Task):
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """See the class."""
-        label = "measuring full precision" if self._reference is None else "measuring the quantized model"
-        found = {
-            self._ids[number]: evaluation.detect(model, self._prepare(self._images.read(number)))
-            for number in track(self._evaluated, label)
-        }
+        first = self._reference is None
+        found: dict[int, Boxes] = {}
+        error = energy = 0.0
+        for number in track(
+            self._evaluated, "measuring full precision" if first else "measuring the quantized model"
+        ):
+            prepared, image = self._prepare(self._images.read(number)), self._ids[number]
+            with torch.no_grad():
+                outputs = model(prepared.image)
+            found[image] = evaluation.decode(model, outputs, prepared)
+            flat = torch.cat([output.flatten() for output in outputs])
+            exact = self._exact.setdefault(image, flat)
+            error += float((flat - exact).square().sum())
+            energy += float(exact.square().sum())
         if self._reference is None:
             self._reference = {image: boxes.confident() for image, boxes in found.items()}
-            if not any(len(boxes.scores) for boxes in self._reference.values()):
-                raise DataError(
-                    f"the full-precision model finds no box of score {evaluation.CONFIDENT} or more in "
-                    f"{len(found)} images: give other images, or the checkpoint of a trained model"
-                )
-        agreed = evaluation.as_truth(self._reference, self._classes)
-        every = range(1, self._classes + 1)
-        metrics = {"agreement_map": evaluation.average_precision(agreed, found, every)}
+        metrics = {"output_error": error / energy if energy else error}
+        if any(len(boxes.scores) for boxes in self._reference.values()):
+            agreed = evaluation.as_truth(self._reference, self._classes)
+            every = range(1, self._classes + 1)
+            metrics["agreement_map"] = evaluation.average_precision(agreed, found, every)
         if self._truth is not None:
             metrics["map"] = evaluation.average_precision(self._truth, found, self._categories)
         return metrics
-
-    def excluded(self, model: nn.Module) -> dict[str, str]:
-        """Layers that only training runs."""
-        image = self._prepare(self._others.read(self._calibration[0])).image
-        return dict.fromkeys(idle_layers(model, image), "only training runs it")
 
     def save_assets(self, folder: Path) -> None:
         """The model's structure, and how images are prepared for it."""
