@@ -60,7 +60,7 @@ class AdaRound(Reconstruct):
 
         def hook(path: str) -> Callable[..., None]:
             def note(_: nn.Module, args: Any, result: Tensor) -> None:
-                found[path].append(result if output else args[0])
+                found[path].append(calibration.io.store.keep((result if output else args[0]).clone()))
 
             return note
 

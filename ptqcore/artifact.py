@@ -33,12 +33,14 @@ ASSETS_FOLDER = "assets"
 
 
 class LayerEntry(BaseModel):
-    """A quantized layer: the grid of its weight, and of its input if that is quantized."""
+    """A quantized layer: the grid of its weight, and of its input if that is quantized, and whether it
+    has a bias (a step may have given it one)."""
 
     model_config = ConfigDict(extra="forbid")
 
     weight: QuantSpec
     input: QuantSpec | None
+    bias: bool = False
 
 
 class EdgeEntry(BaseModel):
@@ -97,6 +99,7 @@ def describe_layers(module: nn.Module, prefix: str = "") -> dict[str, LayerEntry
         path: LayerEntry(
             weight=layer.weight_spec,
             input=None if layer.input_quantizer is None else layer.input_quantizer.spec,
+            bias=layer.bias is not None,
         )
         for path, layer in module.named_modules(prefix=prefix)
         if isinstance(layer, QuantModule)
@@ -117,7 +120,10 @@ def build_layers(model: nn.Module, layers: dict[str, LayerEntry]) -> None:
         kind = quantized_class(layer)
         if kind is None:
             raise ArtifactError(f"layer {path!r} is a {type(layer).__name__}, which has no quantized kind")
-        replace_module(model, path, kind(layer, entry.weight, entry.input).train(layer.training))
+        quantized = kind(layer, entry.weight, entry.input)
+        if entry.bias:
+            quantized.ensure_bias()
+        replace_module(model, path, quantized.train(layer.training))
 
 
 def describe_edges(model: nn.Module) -> list[EdgeEntry]:

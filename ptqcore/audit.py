@@ -1,8 +1,10 @@
 """What the run did to every layer and block, in figures, and whether it did all that was asked."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from itertools import pairwise
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from ptqcore.dataflow import Dataflow
 from ptqcore.errors import ModelError, RecipeError, nearest
 from ptqcore.modules import QuantModule, quantizable_layers, weight_rows
 from ptqcore.recipe import QuantSection
-from ptqcore.report.record import LayerRecord
+from ptqcore.report.record import MOST_LOSSES, LayerRecord
 from ptqcore.step import Context, reason_to_skip
 
 
@@ -31,6 +33,13 @@ def relative_error(results: list[list[Tensor]], targets: list[list[Tensor]], pat
     if not math.isfinite(error):
         raise ModelError(f"block {path!r} gives NaN or infinite outputs once quantized")
     return error / energy if energy else error
+
+
+def thinned(losses: Sequence[float]) -> tuple[float, ...]:
+    """At most `MOST_LOSSES` values: the means of equal parts."""
+    parts = min(len(losses), MOST_LOSSES)
+    ends = [len(losses) * index // parts for index in range(parts + 1)] if parts else []
+    return tuple(fmean(losses[start:end]) for start, end in pairwise(ends))
 
 
 def layer_records(

@@ -105,7 +105,7 @@ class BlockLearner:
 
     def _round(self, quantizer: FakeQuant, phase: Phase, generator: torch.Generator, x: Tensor) -> Tensor:
         """x on its grid, each element with the probability of the phase."""
-        keep = random_mask(tuple(x.shape), phase.keep, generator) if phase.keep < 1 else None
+        keep = random_mask(x, phase.keep, generator) if phase.keep < 1 else None
         learned = self.learned.get(id(quantizer))
         if learned is not None:
             return learned(x.float(), keep).to(x.dtype)
@@ -114,20 +114,24 @@ class BlockLearner:
 
     def _inputs(self, share: float, generator: torch.Generator, samples: Sequence[int]) -> Any:
         """Args and kwargs, their elements from the two streams at random."""
-        if share == 1:
-            return self.io.batch(samples)
-        exact = self.io.batch(samples, exact=True)
-        if share == 0:
-            return exact
-        leaves, structure = tree_flatten(self.io.batch(samples))
-        mixed = [
-            one if one is other else _mix(one, other, share, generator)
-            for one, other in zip(leaves, tree_flatten(exact)[0], strict=True)
-        ]
-        return tree_unflatten(mixed, structure)
+        leaves, structure = tree_flatten(self.io.batch(samples, exact=share == 0))
+        if 0 < share < 1:
+            exact = tree_flatten(self.io.batch(samples, exact=True))[0]
+            leaves = [
+                one if one is other else _mix(one, other, share, generator)
+                for one, other in zip(leaves, exact, strict=True)
+            ]
+        return tree_unflatten([_channels_last(leaf) for leaf in leaves], structure)
+
+
+def _channels_last(leaf: Any) -> Any:
+    """Images with their channels last in memory: convolutions on CPUs run up to twice as fast so."""
+    if isinstance(leaf, Tensor) and leaf.ndim == 4:
+        return leaf.contiguous(memory_format=torch.channels_last)
+    return leaf
 
 
 def _mix(one: Any, other: Any, share: float, generator: torch.Generator) -> Any:
     if not isinstance(one, Tensor) or not one.is_floating_point():
         return one
-    return other.lerp(one, random_mask(tuple(one.shape), share, generator).to(one.dtype))
+    return other.lerp(one, random_mask(one, share, generator).to(one.dtype))

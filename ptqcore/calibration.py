@@ -84,7 +84,7 @@ class Calibration:
         try:
             outputs = []
             for output in self.io.run():
-                outputs.append(tensors_in(output))
+                outputs.append([self.io.store.keep(tensor) for tensor in tensors_in(output)])
                 latest.clear()
             return outputs
         finally:

@@ -58,6 +58,34 @@ def quantize(
     typer.echo(summarize(record, folder))
 
 
+@app.command("map")
+def show_map(
+    plugin: PluginName,
+    recipe: RecipeName = None,
+    overrides: Overrides = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the map as JSON.")
+    ] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Draw the map as a web page.")
+    ] = None,
+) -> None:
+    """Show what a task's model computes: its blocks, what flows between them, and what is quantized."""
+    from ptqcore.plugin import discover
+    from ptqcore.recipe import read_recipe
+
+    registry = discover()
+    chosen = read_recipe(registry.recipe_file(recipe, plugin), overrides or ())
+    from ptqcore.map_summary import check_files, describe_map, write_map
+
+    check_files([json_file, html_file])
+    from ptqcore.preparation import map_model  # brings in torch: only once the recipe stands
+
+    network = map_model(chosen, plugin, registry)
+    typer.echo(describe_map(network))
+    write_map(network, plugin, chosen.name, json_file, html_file)
+
+
 @app.command()
 def plugins() -> None:
     """List the installed plugins, what each brings, and those that could not be loaded."""

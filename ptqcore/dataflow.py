@@ -9,7 +9,7 @@ path, which is how users, recipes and checkpoints name things too.
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -77,7 +77,8 @@ class Dataflow:
     """Calls and ops of one forward pass, in the order in which they ended.
 
     inputs: numbers of the tensors that the model itself was called with. shapes: tensor number →
-    shape. floating: numbers of the tensors of floating point.
+    shape. floating: numbers of the tensors of floating point. names: number → name of the parameters
+    and buffers that functions read.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -85,6 +86,7 @@ class Dataflow:
     inputs: tuple[int, ...] = ()
     shapes: dict[int, tuple[int, ...]] = field(default_factory=dict, repr=False)
     floating: set[int] = field(default_factory=set, repr=False)
+    names: dict[int, str] = field(default_factory=dict, repr=False)
     _by_path: dict[str, list[Call]] = field(default_factory=lambda: defaultdict(list), repr=False)
 
     def add(self, call: Call) -> None:
@@ -127,6 +129,8 @@ class Dataflow:
 def trace(model: nn.Module, run: Callable[[], object]) -> Dataflow:
     """Record all calls and ops inside `model` while `run()` executes it once, without gradients.
 
+    What `run()` computes outside the model is not recorded; what it hands to the model is an input.
+
     Every tensor object gets a number of its own, forgotten with the object, so that the record need
     not keep tensors alive to know them again. A tensor that is changed in place gets a new number.
     """
@@ -136,13 +140,16 @@ def trace(model: nn.Module, run: Callable[[], object]) -> Dataflow:
         handles.append(
             module.register_forward_pre_hook(recorder.enter(path), with_kwargs=True, prepend=True)
         )
-        handles.append(module.register_forward_hook(recorder.leave(path), with_kwargs=True))
+        handles.append(
+            module.register_forward_hook(recorder.leave(path), with_kwargs=True, always_call=True)
+        )
     try:
         with torch.no_grad(), recorder:
             run()
     finally:
         for handle in handles:
             handle.remove()
+    recorder.name(model)
     return recorder.flow
 
 
@@ -152,6 +159,11 @@ class Running:
     def __init__(self, root: str = "") -> None:
         self._calls: Counter[str] = Counter()
         self._stack: list[tuple[str, int, Counter[str]]] = [(root, 0, Counter())]
+
+    @property
+    def idle(self) -> bool:
+        """Whether no module runs."""
+        return len(self._stack) == 1
 
     def enter(self, path: str) -> None:
         """A call of the module at `path` begins."""
@@ -222,6 +234,12 @@ class _Recorder(TorchFunctionMode):
             self.flow.floating.add(number)
         return number
 
+    def name(self, model: nn.Module) -> None:
+        """Note which of the recorded tensors are the model's parameters and buffers."""
+        for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+            if tensor in self._numbers:
+                self.flow.names[int(self._numbers[tensor])] = name
+
     def _all(self, tensors: Iterable[Tensor]) -> tuple[int, ...]:
         return tuple(self._number(tensor) for tensor in tensors)
 
@@ -242,6 +260,8 @@ class _Recorder(TorchFunctionMode):
         return hook
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._running.idle:
+            return func(*args, **(kwargs or {}))
         site = self._running.site(func)
         leaves = tree_flatten((args, kwargs or {}))[0]
         given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]

@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ptqcore.dataflow import Running, Site, inside
+from ptqcore.dataflow import Running, Site, inside, tensors_in
 from ptqcore.placement import Edge
 from ptqcore.quantizers import FakeQuant
 from ptqcore.spec import QuantSpec
@@ -71,11 +71,23 @@ def call(
     if inputs:
         args, kwargs = _changed((args, kwargs), inputs)
     result = function(*args, **kwargs)
-    if not outputs:
-        return result
-    changed = _changed(result, outputs)
-    written = any(result is leaf for leaf in tree_flatten((args, kwargs))[0])
-    if written and not torch.is_grad_enabled():  # an in-place function: others may hold its tensor
+    return change_outputs(result, (args, kwargs), outputs) if outputs else result
+
+
+def output_tensors(result: Any, given: Any) -> list[Tensor]:
+    """What a function made: the tensors that it returned, or, like `x[...] = y`, the one it wrote into."""
+    return tensors_in(given)[:1] if result is None else tensors_in(result)
+
+
+def change_outputs(result: Any, given: Any, actions: Mapping[int, TensorFunction]) -> Any:
+    """What a function returned, with actions done to the tensors that it made, by their index."""
+    if result is None:
+        (written,) = output_tensors(result, given)
+        written.copy_(actions[0](written.clone()))
+        return None
+    changed = _changed(result, actions)
+    in_place = any(result is leaf for leaf in tree_flatten(given)[0])
+    if in_place and not torch.is_grad_enabled():  # others may hold the tensor
         return result.copy_(changed)
     return changed
 
@@ -119,6 +131,10 @@ class ActivationQuantizers(nn.Module):
         self.names = {edge: str(edge).replace(".", "/") for edge in specs}
         for edge, spec in specs.items():
             self.add_module(self.names[edge], FakeQuant(spec))
+
+    def forward(self, x: Any) -> Any:
+        """x: a model that is a container calls all its children, and this is one of them."""
+        return x
 
     def __getitem__(self, edge: Edge) -> FakeQuant:
         return self.get_submodule(self.names[edge])  # type: ignore[return-value]

@@ -21,9 +21,11 @@ class WithoutNorm(nn.Module):
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        self.norm = deepcopy(norm)
-        for table in (self.norm._parameters, self.norm._buffers):
+        rest: Any = deepcopy(norm)
+        for table in (rest._parameters, rest._buffers):
             table.update(dict.fromkeys(table))
+        rest.track_running_stats = False  # else loading asks for the number of batches
+        self.norm = rest
 
     def forward(self, x: Tensor) -> Any:
         with _SkipNorm():
@@ -110,7 +112,7 @@ def _fold_pair(model: nn.Module, path: str, layer: str, x: Tensor, expected: Ten
     parameters = dict(before._parameters)
     _scale(before, norm)
     fold_structure(model, {path: layer})
-    error = _relative_difference([expected], [model.get_submodule(path)(before(x))])
+    error = relative_difference([expected], [model.get_submodule(path)(before(x))])
     if error > TOLERANCE:
         model.set_submodule(path, norm)
         before._parameters.update(parameters)
@@ -149,7 +151,7 @@ def _scale(layer: nn.Module, norm: Any) -> None:
     layer.register_parameter("bias", nn.Parameter(shift.to(rows.dtype), requires_grad=False))
 
 
-def _relative_difference(expected: Iterable[Tensor], found: Iterable[Tensor]) -> float:
+def relative_difference(expected: Iterable[Tensor], found: Iterable[Tensor]) -> float:
     """Largest difference of any output, relative to that output's largest value."""
     worst = 0.0
     for one, other in zip(expected, found, strict=True):

@@ -135,12 +135,14 @@ def _codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec)
 def _unclipped(scaled: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
     """Integer codes of x / scale before they are clipped.
 
-    The zero point is added before rounding, and counted from the middle of the grid, as engines with
-    signed integers do: so ties fall the same way there and here.
+    Ties fall as in the engines: ONNX adds the zero point of a static grid to what is rounded; readers
+    of compressed-tensors add that of a dynamic one before, counted from the middle of the grid.
     """
+    if zero_point is not None and not spec.dynamic:
+        return torch.round(scaled).add_(_spread(zero_point, spec))  # in place: half the memory traffic
     if zero_point is not None:
         scaled = scaled + (_spread(zero_point, spec) - spec.middle)
-    return torch.round(scaled).add_(spec.middle)  # in place: a fresh tensor costs more than the sum
+    return torch.round(scaled).add_(spec.middle)
 
 
 def _values(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:

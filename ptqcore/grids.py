@@ -1,10 +1,10 @@
 """Which grid every weight and activation of one model gets, from a recipe and the dataflow map."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from ptqcore.dataflow import Dataflow
-from ptqcore.placement import LAYERS, Edge, find_edges
+from ptqcore.dataflow import Dataflow, Op
+from ptqcore.placement import LAYERS, PRODUCTS, Edge, find_edges, moves
 from ptqcore.recipe import QuantSection, TensorQuant
 
 
@@ -35,6 +35,9 @@ class Grids:
 def make_grids(quant: QuantSection, flow: Dataflow, targets: set[str]) -> Grids:
     """The grids of one model.
 
+    Activations have the recipe's width where a layer or a product of two activations reads them;
+    tensors that only sums, concatenations or pooling read have 8 bits, as engines give them.
+
     Args:
         quant: the recipe's section.
         flow: one traced forward pass.
@@ -44,15 +47,30 @@ def make_grids(quant: QuantSection, flow: Dataflow, targets: set[str]) -> Grids:
     grids = Grids(quant, frozenset(ends))
     if quant.scope == "layers" or quant.activations is None:
         return grids
-    readers, makers = flow.consumers(), {op.site: op for op in flow.ops}
+    readers, ops = flow.consumers(), {op.site: op for op in flow.ops}
     edges = {}
     for edge in find_edges(flow, targets):
-        op = makers[edge.site]
-        numbers = op.inputs if edge.side == "input" else op.outputs
-        around = {op.site.owner, *(reader.site.owner for reader in readers.get(numbers[edge.index], []))}
-        at_end = edge.side == "input" or not around.isdisjoint(ends)
-        edges[edge] = grids._at(at_end, quant.activations)
+        op = ops[edge.site]
+        number = (op.inputs if edge.side == "input" else op.outputs)[edge.index]
+        multiplied = [reader for reader in _behind_moves(number, readers) if _multiplies(reader, targets)]
+        owners = {op.site.owner, *(reader.site.owner for reader in multiplied)}
+        at_end = edge.side == "input" or not owners.isdisjoint(ends)
+        own = grids._at(at_end, quant.activations)
+        edges[edge] = own if multiplied else own.model_copy(update={"bits": 8})
     return Grids(quant, frozenset(ends), edges)
+
+
+def _behind_moves(number: int, readers: dict[int, list[Op]]) -> Iterator[Op]:
+    """The functions that read a tensor, directly or behind others that only move its values."""
+    for reader in readers.get(number, []):
+        yield reader
+        if moves(reader) or reader.name == "relu":
+            for output in reader.outputs:
+                yield from _behind_moves(output, readers)
+
+
+def _multiplies(op: Op, targets: set[str]) -> bool:
+    return op.name in PRODUCTS or (op.name in LAYERS and op.site.owner in targets)
 
 
 def _ends(flow: Dataflow, targets: set[str]) -> set[str]:

@@ -1,7 +1,7 @@
 """Nothing lost: the state of every finished block on disk, so that a killed run can go on."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ptqcore import files
 from ptqcore.artifact import LayerEntry, build_layers, describe_layers, load_tensors, unique_tensors
 from ptqcore.blocks import Block
 from ptqcore.errors import ArtifactError
-from ptqcore.report.record import BlockRecord, LayerRecord
+from ptqcore.report.record import ActivationRecord, BlockRecord, LayerRecord
 
 _RANGE = "activation quantizer "
 
@@ -24,6 +24,7 @@ class BlockResult:
 
     block: BlockRecord
     layers: list[LayerRecord]
+    activations: list[ActivationRecord] = field(default_factory=list)
 
 
 class Journal:
@@ -100,7 +101,9 @@ class Journal:
             layers = {path: LayerEntry.model_validate(layer) for path, layer in entry["quantized"].items()}
             figures = entry["result"]
             result = BlockResult(
-                BlockRecord(**figures["block"]), [_layer_record(layer) for layer in figures["layers"]]
+                BlockRecord(**_tuples(figures["block"])),
+                [LayerRecord(**_tuples(layer)) for layer in figures["layers"]],
+                [ActivationRecord(**_tuples(one)) for one in figures["activations"]],
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
             return None
@@ -116,7 +119,6 @@ class Journal:
         return self._folder / f"block-{index:04d}.json"
 
 
-def _layer_record(data: dict[str, Any]) -> LayerRecord:
-    """JSON has lists where the record has tuples."""
-    record: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
-    return LayerRecord(**record)
+def _tuples(data: dict[str, Any]) -> Any:
+    """JSON has lists where the records have tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}

@@ -1,6 +1,6 @@
 """The steps `brecq` and `qdrop`: rounding learned by reconstructing each block's output."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import ClassVar, Literal
 from zlib import crc32
@@ -30,7 +30,8 @@ class ReconstructOptions(StepOptions):
     """iterations, batch: updates per block and samples in each. rate, step_rate: learning rates of
     the rounding variables, and of the activation steps (relative to the step); null chooses them so
     that this many iterations can move a variable across its range. precision: of the block's
-    computation. inputs: what flows into a block while it learns."""
+    computation. inputs: what flows into a block while it learns. learn_steps: whether the activation
+    steps are learned too."""
 
     iterations: int = Field(default=400, ge=1)
     batch: int = Field(default=16, ge=1)
@@ -38,6 +39,7 @@ class ReconstructOptions(StepOptions):
     step_rate: float | None = Field(default=None, gt=0)
     precision: Literal["float32", "bfloat16"] = "float32"
     inputs: Literal["quantized", "full-precision", "mixed"] = "quantized"
+    learn_steps: bool = True
 
     def schedule(self, share: float = 1.0) -> Schedule:
         """The schedule of one block, or of a share of its iterations."""
@@ -59,7 +61,7 @@ class Reconstruct(Step):
     needs_exact = True
     loss: ClassVar[Loss] = staticmethod(mean_squared_error)
 
-    def prepare(self, model: nn.Module, flow: Dataflow) -> None:
+    def prepare(self, model: nn.Module, flow: Dataflow, run: Callable[[], object]) -> None:
         """Keep the map: where layers read their inputs, and how large tensors are."""
         keep_freed_memory()
         self._flow = flow
@@ -150,7 +152,7 @@ class Reconstruct(Step):
             return 1
         numbers = [n for op in self._flow.ops if inside(op.site.owner, block.path) for n in op.outputs]
         largest = max((torch.Size(self._flow.shapes[n]).numel() for n in numbers), default=1) * 4
-        return max(1, _CACHE_BYTES // largest)
+        return max(2, _CACHE_BYTES // largest)
 
 
 class BRECQ(Reconstruct):
@@ -161,10 +163,9 @@ class BRECQ(Reconstruct):
 
     def phases(self) -> Sequence[Phase]:
         inputs = _INPUTS.get(self.options.inputs, 0.5)
-        return (
-            Phase(roundings=True, steps=False, keep=0.0, inputs=inputs),
-            Phase(roundings=False, steps=True, keep=1.0, inputs=inputs, share=0.25),
-        )
+        weights = Phase(roundings=True, steps=False, keep=0.0, inputs=inputs)
+        activations = Phase(roundings=False, steps=True, keep=1.0, inputs=inputs, share=0.25)
+        return (weights, activations) if self.options.learn_steps else (weights,)
 
 
 class QDropOptions(ReconstructOptions):
@@ -185,4 +186,4 @@ class QDrop(Reconstruct):
 
     def phases(self) -> Sequence[Phase]:
         keep = self.options.keep
-        return (Phase(True, True, keep, _INPUTS.get(self.options.inputs, keep)),)
+        return (Phase(True, self.options.learn_steps, keep, _INPUTS.get(self.options.inputs, keep)),)

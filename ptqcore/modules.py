@@ -110,6 +110,13 @@ class QuantModule(nn.Module, ABC):
                 self._dequantized = rows_to_weight(self.quantized_weight.dequantize(), self)
         return self._dequantized
 
+    def ensure_bias(self) -> nn.Parameter:
+        """The bias, zero if the layer had none."""
+        if self.bias is None:
+            zeros = self.weight_scale.new_zeros(self.weight_shape[0])
+            self.bias = nn.Parameter(zeros, requires_grad=False)
+        return self.bias
+
     def forward(self, x: Tensor) -> Tensor:
         return self.compute(x if self.input_quantizer is None else self.input_quantizer(x))
 

@@ -102,7 +102,7 @@ def find_edges(flow: Dataflow, targets: Iterable[str]) -> list[Edge]:
     return _Placement(flow, set(targets)).edges()
 
 
-def _moves(op: Op) -> bool:
+def moves(op: Op) -> bool:
     """Whether an op only moves values: what it makes lies on the grid of what it reads."""
     if op.name == "pad":
         return "constant" in op.arguments and op.arguments[-1] in (None, 0)
@@ -123,7 +123,7 @@ class _Placement:
             self._visit(op)
         found = []
         for op in self.flow.ops:
-            reads = self._integer(op) or _moves(op)
+            reads = self._integer(op) or moves(op)
             for index, number in enumerate(op.inputs):
                 if reads and number in self.needed and number not in self.producers:
                     found.append(Edge(op.site, "input", index))
@@ -136,7 +136,7 @@ class _Placement:
         """Decide on an op's outputs and inputs; everything that reads its outputs was visited before."""
         if self._is_convolution(op):
             self._need_output(op)
-        if _moves(op) or op.name == "relu":
+        if moves(op) or op.name == "relu":
             self._move_up(op)
         if self._integer(op):
             self.needed.update(self._variable_inputs(op))
@@ -187,7 +187,7 @@ class _Placement:
             return True
         readers = self.consumers.get(number, [])
         return any(
-            (reader.name in CLIPPING or _moves(reader))
+            (reader.name in CLIPPING or moves(reader))
             and any(self._reaches_grid(output) for output in reader.outputs)
             for reader in readers
         )

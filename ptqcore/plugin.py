@@ -65,10 +65,12 @@ class Installed:
 BUILT_IN = Plugin(
     name=CORE,
     steps={
+        "equalize": "ptqcore.equalization:Equalize",
         "round": "ptqcore.rounding:Round",
         "adaround": "ptqcore.adaround:AdaRound",
         "brecq": "ptqcore.learned_rounding:BRECQ",
         "qdrop": "ptqcore.learned_rounding:QDrop",
+        "bias-correction": "ptqcore.bias_correction:BiasCorrection",
     },
     exporters={"onnx-qdq": "ptqcore.export.onnx:OnnxQDQ"},
     observers={

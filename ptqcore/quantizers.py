@@ -1,6 +1,5 @@
 """Quantizers: activations rounded inside a forward pass, and roundings that can be learned."""
 
-import math
 from typing import Any
 
 import torch
@@ -99,6 +98,10 @@ class LearnedRounding:
         if self.weight.grad is not None:
             self._soft.backward(self.weight.grad)  # type: ignore[no-untyped-call]
 
+    def decide(self) -> None:
+        """Let `weight` be the one with every rounding decided, until the next update."""
+        self.weight = self.hard().dequantize().to(self.weight.dtype)
+
     @torch.no_grad()
     def hard(self) -> QuantizedTensor:
         """The weight with every rounding decided: up where h(V) is at least one half."""
@@ -163,19 +166,25 @@ class _QuantizeStep(torch.autograd.Function):
         passed = gradient * inside
         step = None
         if ctx.needs_input_grad[1]:
-            total = torch.dot(gradient.flatten(), values.flatten()) - torch.dot(
-                passed.flatten(), x.flatten()
-            )
+            total = _dot(gradient, values) - _dot(passed, x)
             step = (total / scale).view_as(scale)
         return passed, step, None, None, None
 
 
-def random_mask(shape: tuple[int, ...], probability: float, generator: torch.Generator) -> Tensor:
-    """A boolean tensor, each element True with a probability given to 1/256.
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    """Σ one · other, without a copy of images that lie in memory channels last."""
+    if one.ndim == 4 and one.is_contiguous(memory_format=torch.channels_last):
+        one, other = one.permute(0, 2, 3, 1), other.permute(0, 2, 3, 1)
+    return torch.dot(one.reshape(-1), other.reshape(-1))
+
+
+def random_mask(x: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """A boolean tensor like x, each element True with a probability given to 1/256.
 
     One 64-bit random number serves eight elements: ten times as fast as a uniform number each.
     """
-    count = math.prod(shape)
-    words = torch.empty(-(-count // 8), dtype=torch.int64)
+    words = torch.empty(-(-x.numel() // 8), dtype=torch.int64)
     words.random_(-(2**63), None, generator=generator)
-    return (words.view(torch.uint8)[:count] < round(probability * 256)).view(shape)
+    numbers, below = words.view(torch.uint8)[: x.numel()], round(probability * 256)
+    chosen = numbers < below if below < 256 else torch.ones_like(numbers, dtype=torch.bool)
+    return chosen.as_strided(x.shape, torch.empty_like(x, device="meta").stride())

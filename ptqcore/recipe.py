@@ -134,6 +134,11 @@ class Recipe(BaseModel):
     blocks: str | None = Field(
         default=None, description="glob of the blocks' paths, if the map's are not wanted"
     )
+    memory_gib: float | None = Field(
+        default=None,
+        gt=0,
+        description="cached activations kept in memory, more is memory-mapped; null: half of what is free",
+    )
     steps: list[Entry] = Field(min_length=1)
     export: list[Entry] = []
 

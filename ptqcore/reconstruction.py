@@ -30,8 +30,8 @@ class Schedule:
 
     iterations: updates; batch: samples in each. warmup: share of the iterations without the rounding
     regulariser; beta: its exponent at the end of the warm-up and at the end. The regulariser weighs
-    `regularisation` (first, last) times the reconstruction loss, both as they stand at the end of the
-    warm-up, so that one recipe serves losses of any magnitude.
+    `regularisation` (first, last) times what deciding every rounding would add to the loss, as it
+    stands at the end of the warm-up, so that one recipe serves losses of any magnitude.
     """
 
     iterations: int
@@ -86,10 +86,14 @@ def reconstruct(problem: Problem, schedule: Schedule, generator: torch.Generator
         optimizer.zero_grad()
         for rounding in problem.roundings:
             rounding.begin()
+        state = generator.get_state()
         loss = _accumulate(problem, schedule.batch, generator)
         for rounding in problem.roundings:
             rounding.end()
-        regulariser.add_gradients(iteration, loss)
+        if regulariser.begins(iteration):
+            generator.set_state(state)
+            regulariser.calibrate(loss, _decided_loss(problem, schedule.batch, generator))
+        regulariser.add_gradients(iteration)
         for group in optimizer.param_groups:
             group["lr"] = group["first"] * (
                 _cosine(iteration / schedule.iterations) if group["cosine"] else 1
@@ -124,11 +128,20 @@ def _accumulate(problem: Problem, batch: int, generator: torch.Generator) -> flo
         chosen = order[start : start + problem.at_once]
         loss = problem.loss(problem.predict(chosen), problem.target(chosen), problem.name)
         loss = loss * (len(chosen) / len(order))
-        loss.backward()  # type: ignore[no-untyped-call]
+        if torch.is_grad_enabled():
+            loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
     if not math.isfinite(total):
         raise FloatingPointError(f"the reconstruction loss of block {problem.name!r} is {total}")
     return total
+
+
+@torch.no_grad()
+def _decided_loss(problem: Problem, batch: int, generator: torch.Generator) -> float:
+    """The loss of one random batch with every rounding as it would be decided now."""
+    for rounding in problem.roundings:
+        rounding.decide()
+    return _accumulate(problem, batch, generator)
 
 
 class _Regulariser:
@@ -138,20 +151,37 @@ class _Regulariser:
         self._roundings, self._schedule = roundings, schedule
         self._unit: float | None = None  # λ for a weight of 1
 
-    def add_gradients(self, iteration: int, loss: float) -> None:
-        """Add the gradients of this iteration; the first one after the warm-up fixes the unit."""
-        progress = self._schedule.progress(iteration)
-        if progress < 0 or not self._roundings:
+    def begins(self, iteration: int) -> bool:
+        """Whether this is the first iteration after the warm-up."""
+        waiting = self._unit is None and bool(self._roundings)
+        return waiting and self._schedule.progress(iteration) >= 0
+
+    @torch.no_grad()
+    def calibrate(self, loss: float, decided: float) -> None:
+        """Fix the unit from the losses of one batch, with roundings as they are and once decided.
+
+        The loss itself is no measure: while roundings are open it can be 0, and in deep networks most
+        of it can be the error of the prefix, which no rounding undoes.
+        """
+        beta = self._schedule.beta[0]
+        total = sum(float(self._openness(rounding, beta)) for rounding in self._roundings)
+        self._unit = max(decided - loss, 0.01 * loss) / max(total, 1e-12)
+
+    def add_gradients(self, iteration: int) -> None:
+        """Add the gradients of this iteration."""
+        if self._unit is None:
             return
+        progress = self._schedule.progress(iteration)
         start, end = self._schedule.beta
         beta = start + (end - start) * progress
-        terms = [(1 - (2 * r.share_up() - 1).abs().pow(beta)).sum() for r in self._roundings]
-        total = torch.stack(terms).sum()
-        if self._unit is None:
-            self._unit = loss / max(float(total), 1e-12)
+        total = torch.stack([self._openness(rounding, beta) for rounding in self._roundings]).sum()
         first, last = self._schedule.regularisation
         weight = first * (last / first) ** progress
         (total * (weight * self._unit)).backward()
+
+    @staticmethod
+    def _openness(rounding: LearnedRounding, beta: float) -> Tensor:
+        return (1 - (2 * rounding.share_up() - 1).abs().pow(beta)).sum()
 
     @torch.no_grad()
     def decided(self, iteration: int) -> bool:

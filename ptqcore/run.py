@@ -1,37 +1,36 @@
 """The corridor: a recipe goes in, an artifact with its exports, metrics and report comes out."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ptqcore import artifact, audit, files
-from ptqcore.blocks import Block, find_blocks
+from ptqcore.activation_audit import CountClipped, between_record, input_records
+from ptqcore.biases import round_biases
 from ptqcore.calibration import Calibration
-from ptqcore.dataflow import Dataflow, inside, tensors_in, trace
+from ptqcore.dataflow import inside, tensors_in
 from ptqcore.edges import ActivationQuantizers, TensorFunction
 from ptqcore.errors import ArtifactError, DataError, ExportError
 from ptqcore.export.base import Exporter
 from ptqcore.fingerprint import fingerprint, versions
-from ptqcore.folding import fold
-from ptqcore.grids import make_grids
 from ptqcore.journal import BlockResult, Journal
 from ptqcore.meter import Meter
-from ptqcore.modules import state_bytes
+from ptqcore.modules import QuantModule, state_bytes
 from ptqcore.placement import Edge
 from ptqcore.plan import Plan, make_plan
 from ptqcore.plugin import Registry, discover
+from ptqcore.preparation import prepare
 from ptqcore.progress import track
 from ptqcore.recipe import Recipe
 from ptqcore.report.page import render
 from ptqcore.report.record import BlockRecord, ExportRecord, RunRecord
-from ptqcore.step import Context, Step
+from ptqcore.step import Step
+from ptqcore.store import Store, half_of_memory
 from ptqcore.task import Task
 from ptqcore.version import __version__
 from ptqcore.walk import BlockIO, Walk
@@ -93,18 +92,6 @@ def _refuse_foreign(output: Path) -> None:
             )
 
 
-@dataclass
-class _Prepared:
-    """A loaded model, its data, and how they fit together."""
-
-    model: nn.Module
-    samples: Sequence[Any]
-    flow: Dataflow
-    context: Context
-    blocks: list[Block]
-    folded: dict[str, str]
-
-
 class _Run:
     """One run; its methods are called in order."""
 
@@ -131,7 +118,7 @@ class _Run:
 
     def load(self) -> None:
         """Load the model and its data, find the blocks, and measure the full-precision model."""
-        task, recipe = self.task, self.plan.recipe
+        task = self.task
         with self.phase("load the model"):
             model = task.load_model().eval().requires_grad_(False)
             audit.check_finite(model)
@@ -141,28 +128,10 @@ class _Run:
             if not len(samples):
                 raise DataError("the task gave no calibration samples: give it at least one")
         with self.phase("trace"):
-            flow, folded = self._trace(model, lambda: task.forward(model, samples[0]))
-            excluded = audit.never_called(model, flow) | task.excluded(model)
-            targets = audit.check_targets(model, recipe.quant, excluded)
-            blocks = find_blocks(model, flow, set(targets), recipe.blocks)
-            targets = {
-                path: layer
-                for path, layer in targets.items()
-                if any(inside(path, block.path) for block in blocks)
-            }
-            grids = make_grids(recipe.quant, flow, set(targets))
-            context = Context(recipe.quant, self.plan.observer, excluded, recipe.seed, grids)
-            for exporter in self.plan.exporters:
-                exporter.check_layers(recipe.quant, targets)
+            self.prepared = prepare(self.plan, task, model, samples)
+            self.record.map = self.prepared.map()
         with self.phase("metrics before"):
             self.record.before = task.evaluate(model)
-        self.prepared = _Prepared(model, samples, flow, context, blocks, folded)
-
-    def _trace(self, model: nn.Module, run: Callable[[], object]) -> tuple[Dataflow, dict[str, str]]:
-        """The dataflow of the model once its batch norms are folded, and those that were."""
-        flow = trace(model, run)
-        folded = fold(model, flow, run)
-        return (trace(model, run) if folded else flow), folded
 
     def walk(self) -> None:
         """Hand every block to every step, in order; what an earlier run finished is taken from disk."""
@@ -171,7 +140,7 @@ class _Run:
         journal = Journal(self.work, marks, self.resume)
         steps = self.plan.steps(context)
         for step in steps:
-            step.prepare(model, self.prepared.flow)
+            step.prepare(model, self.prepared.flow, partial(self.task.forward, model, samples[0]))
         quantizers = ActivationQuantizers({edge: q.spec for edge, q in context.grids.edges.items()})
         with self.phase("capture"):
             walk = self._start_walk(quantizers, any(step.needs_exact for step in steps))
@@ -188,6 +157,7 @@ class _Run:
                 outputs = io.run_tensors()
             self.record.blocks.append(result.block)
             self.record.layers.extend(result.layers)
+            self.record.activations.extend(result.activations)
             walk.advance(outputs, exact)
         self.record.phases["quantize blocks"] = sum(block.seconds for block in self.record.blocks)
         for step in steps:
@@ -197,6 +167,10 @@ class _Run:
         for edge in quantizers.drop_unreached():
             self.record.skipped[str(edge)] = "activation that no calibration sample reached"
         if quantizers.names:
+            layers = {
+                path: layer for path, layer in model.named_modules() if isinstance(layer, QuantModule)
+            }
+            round_biases(layers, self.prepared.flow, quantizers)
             quantizers.attach(model)
 
     def _start_walk(self, quantizers: ActivationQuantizers, exact: bool) -> Walk:
@@ -208,6 +182,7 @@ class _Run:
             for tensor in tensors:
                 observer.update(tensor)
             quantizers[edge].set_range(*observer.range())
+            self.record.activations.append(between_record(edge, quantizers[edge], tensors))
             return quantizers[edge].forward
 
         between = {
@@ -216,7 +191,9 @@ class _Run:
             if not any(inside(edge.site.owner, block.path) for block in blocks)
         }
         forward = partial(self.task.forward, model)
-        return Walk(blocks, self.prepared.samples, forward, between, exact)
+        budget = self.plan.recipe.memory_gib
+        size = half_of_memory() if budget is None else round(budget * 2**30)
+        return Walk(blocks, self.prepared.samples, forward, between, exact, Store(size, self.work))
 
     def _quantize_block(
         self,
@@ -231,14 +208,25 @@ class _Run:
         with self.meter.measure() as measurement:
             calibration = Calibration(block, io, self.prepared.context.grids, self.plan.observer, exact)
             targets = calibration.targets
+            for step in steps:
+                step.before(block, calibration)
             calibration.quantize_edges(quantizers)
             for step in steps:
                 step.block(block, calibration)
+            counted = CountClipped(calibration.quantizers)
+            io.functions = counted.functions()
             outputs = io.run_tensors()
             error = audit.relative_error(outputs, targets, block.path)
             layers = audit.layer_records(block, originals, calibration)
-        figures = BlockRecord(block.path, error, measurement.seconds, measurement.peak_memory_bytes)
-        return BlockResult(figures, layers), outputs
+        figures = BlockRecord(
+            block.path,
+            error,
+            measurement.seconds,
+            measurement.peak_memory_bytes,
+            audit.thinned(calibration.losses),
+        )
+        activations = [*counted.records(block.path), *input_records(block)]
+        return BlockResult(figures, layers, activations), outputs
 
     def finish(self) -> None:
         """Measure the quantized model, and write everything into the staging folder."""
@@ -261,7 +249,7 @@ class _Run:
         assets = files.folder(staging / artifact.ASSETS_FOLDER)
         with files.writing(assets):
             self.task.save_assets(assets)
-        folded = self.prepared.folded
+        folded = dict(self.prepared.folding.folded)
         artifact.save(model, staging, self.plan.task_owner, self.task.name, __version__, folded)
         self.record.size_bytes["after"] = (staging / artifact.MODEL_FILE).stat().st_size
         restored = artifact.restore(staging, lambda _: self.task.build(assets))

@@ -67,7 +67,7 @@ class Step:
 
     name: ClassVar[str]
     Options: ClassVar[type[StepOptions]] = StepOptions
-    needs_exact: ClassVar[bool] = False
+    needs_exact: bool = False
     """Whether `block` reads the inputs from the full-precision model, `calibration.io.run(exact=True)`."""
 
     def __init__(self, options: StepOptions, context: Context) -> None:
@@ -103,8 +103,17 @@ class Step:
         quantized.input_quantizer.set_range(*observer.range())
         return quantized
 
-    def prepare(self, model: nn.Module, flow: Dataflow) -> None:
-        """Called once before the walk, with the full-precision model and one traced forward pass."""
+    def prepare(self, model: nn.Module, flow: Dataflow, run: Callable[[], object]) -> None:
+        """Called once before the walk; may change the model's weights, not its structure.
+
+        Args:
+            model: the full-precision model.
+            flow: one traced forward pass of it.
+            run: that pass again, of the model as it now is; returns its output.
+        """
+
+    def before(self, block: Block, calibration: Calibration) -> None:
+        """Called for every block before any step changes it, and before its activations are rounded."""
 
     def block(self, block: Block, calibration: Calibration) -> None:
         """Called for every block in order; `calibration` holds its inputs and their statistics."""

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ptqcore.plugin import BUILT_IN, KINDS, Plugin, Registry
 from ptqcore.progress import duration
+from ptqcore.report import engines
 from ptqcore.report.record import RunRecord
 
 
@@ -21,6 +22,11 @@ def summarize(record: RunRecord, folder: Path) -> str:
     ]
     for name, export in record.exports.items():
         lines.append(_row("export", f"{name} in {export.path}, read back and equal"))
+        for engine in export.engines:
+            lines.append(_row("", engines.sentence(engine)))
+            if warning := engines.warning(engine):
+                lines.append(_row("", f"warning: {warning}"))
+        lines += [_row("", note) for note in export.notes]
     return "\n".join(lines)
 
 

@@ -44,6 +44,10 @@ class Task(ABC):
     def samples(self, model: nn.Module) -> Sequence[Any]:
         """Calibration samples: nested tuples, lists or dicts of tensors; the same for the same seed."""
 
+    def example(self, model: nn.Module) -> Any:
+        """One sample that shows what the model computes; override where `samples` takes long."""
+        return self.samples(model)[0]
+
     @abstractmethod
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Metrics of a model, by name; the names never differ from call to call.

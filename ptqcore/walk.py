@@ -5,10 +5,12 @@ computes between blocks. The walk replays it with what the blocks return once th
 that any graph of blocks (chains, branches, long skips) is walked with one block at work at a time.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from ptqcore.edges import TensorFunction
 from ptqcore.errors import ModelError
 from ptqcore.placement import Edge
 from ptqcore.progress import track
+from ptqcore.store import Store
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class BlockIO:
     block: Block
     tapes: list[_Tape]
     nodes: list[_Node]
+    store: Store
     functions: Mapping[Edge, TensorFunction] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -105,40 +109,63 @@ class BlockIO:
         for tape, node in zip(self.tapes, self.nodes, strict=True):
             args, kwargs = tape.arguments(node, exact, copy=True)
             with torch.no_grad(), edges.applying(self.block.module, self.block.path, self.functions):
-                yield self.block.module(*args, **kwargs)
+                output = self.block.module(*args, **kwargs)
+            yield output
 
     def run_tensors(self, exact: bool = False) -> list[list[Tensor]]:
         """Outputs of the block as it now is: the tensors of every sample's output."""
-        return [tensors_in(output) for output in self.run(exact)]
+        return [[self.store.keep(tensor) for tensor in tensors_in(output)] for output in self.run(exact)]
 
     def can_join(self) -> bool:
-        """Whether the samples have the same shapes, so that any of them fit in one batch."""
-        flowing = [[tape.flowing[leaf.number].shape for leaf in node.leaves if isinstance(leaf, _Reference)]
-                   for tape, node in zip(self.tapes, self.nodes, strict=True)]  # fmt: skip
-        return all(shapes == flowing[0] for shapes in flowing)
+        """Whether any samples fit in one batch: they have the same shapes, and what is not joined is
+        the same for all."""
+        for place in range(len(self.nodes[0].leaves)):
+            first, *others = (self._leaf(sample, place, exact=False) for sample in range(len(self)))
+            if not isinstance(first, Tensor):
+                continue
+            if any(other.shape != first.shape for other in others):
+                return False
+            if not self._joins(place, range(len(self))) and any(not first.equal(other) for other in others):
+                return False
+        return True
 
     def batch(self, samples: Sequence[int], exact: bool = False) -> Any:
-        """Args and kwargs for several samples at once, their flowing tensors joined along dimension 0.
+        """Args and kwargs for several samples at once, joined along dimension 0.
 
-        Tensors that do not flow (masks, tables) are joined too if each sample has its own with the
-        same first dimension as what flows; the others are taken from the first sample.
+        Tensors that all samples share, and those that have not the batch's first dimension (masks and
+        tables for any batch), are taken from the first sample.
 
         Raises:
             ValueError: if the samples' tensors cannot be joined.
         """
         leaves = []
         first = self.nodes[samples[0]]
-        for place, leaf in enumerate(first.leaves):
+        for place in range(len(first.leaves)):
             given = [self._leaf(sample, place, exact) for sample in samples]
-            alone = len({id(value) for value in given}) == 1
-            flows = isinstance(leaf, _Reference)
-            if isinstance(leaf, Tensor | _Reference) and (flows or not alone):
+            if self._joins(place, samples):
                 if any(value.shape[1:] != given[0].shape[1:] for value in given):
                     raise ValueError("samples of different shapes cannot be joined")
                 leaves.append(torch.cat(given))
             else:
                 leaves.append(given[0])
         return tree_unflatten(leaves, first.structure)
+
+    def _joins(self, place: int, samples: Sequence[int]) -> bool:
+        """Whether a tensor of the call has the first dimension of the first one that flows."""
+        given = [self._leaf(sample, place, exact=False) for sample in samples]
+        flows = isinstance(self.nodes[samples[0]].leaves[place], _Reference)
+        if not isinstance(given[0], Tensor) or not (flows or any(value is not given[0] for value in given)):
+            return False
+        return all(
+            self._size(sample) in (None, value.shape[:1])
+            for sample, value in zip(samples, given, strict=True)
+        )
+
+    def _size(self, sample: int) -> torch.Size | None:
+        """The first dimension of the first tensor that flows into the block, if one does."""
+        numbers = (leaf.number for leaf in self.nodes[sample].leaves if isinstance(leaf, _Reference))
+        number = next(numbers, None)
+        return None if number is None else self.tapes[sample].flowing[number].shape[:1]
 
     def _leaf(self, sample: int, place: int, exact: bool) -> Any:
         leaf = self.nodes[sample].leaves[place]
@@ -169,6 +196,7 @@ class Walk:
         forward: Callable[[Any], object],
         between: Mapping[Edge, Calibrate] | None = None,
         exact: bool = False,
+        store: Store | None = None,
     ) -> None:
         """Record the tapes.
 
@@ -179,13 +207,14 @@ class Walk:
             between: for edges of functions between blocks: gets the tensors of all samples there and
                 returns what is to be done to each of them.
             exact: whether to keep the stream of the full-precision model too.
+            store: keeps what flows; by default memory does.
         """
         self.blocks = blocks
+        self._store = store or Store(sys.maxsize, Path())
         self.exact = exact
-        self._between = edges.by_site(between or {})  # type: ignore[arg-type]
-        self._tapes = [
-            self._capture(sample, forward) for sample in track(samples, "capturing block inputs")
-        ]
+        between = between or {}
+        self._between: Mapping[Site, list[tuple[Edge, Calibrate]]] = edges.by_site(between)  # type: ignore[arg-type, assignment]
+        self._tapes = self._capture_all(samples, forward, between)
         self._check()
         self._position = 0
 
@@ -193,7 +222,8 @@ class Walk:
         """The inputs of each block in turn; the caller must `advance` with the block's outputs."""
         for block in self.blocks:
             self._run_between()
-            yield BlockIO(block, self._tapes, [tape.nodes[self._position] for tape in self._tapes])
+            nodes = [tape.nodes[self._position] for tape in self._tapes]
+            yield BlockIO(block, self._tapes, nodes, self._store)
 
     def advance(self, outputs: list[list[Tensor]], exact: list[list[Tensor]] | None = None) -> None:
         """Set what the block just walked returns for every sample: quantized, and in full precision."""
@@ -209,27 +239,60 @@ class Walk:
         """Compute everything up to the next block, for all samples."""
         while self._tapes and self._tapes[0].nodes[self._position].function is not None:
             nodes = [tape.nodes[self._position] for tape in self._tapes]
-            results = [self._call(tape, node) for tape, node in zip(self._tapes, nodes, strict=True)]
-            for edge, calibrate in self._between.get(nodes[0].site, ()):  # type: ignore[arg-type]
-                function = calibrate(edge, [result[edge.index] for result in results])  # type: ignore[call-arg, arg-type]
-                for result in results:
-                    result[edge.index] = function(result[edge.index])  # type: ignore[operator]
+            given = [tape.arguments(node) for tape, node in zip(self._tapes, nodes, strict=True)]
+            with torch.no_grad():
+                results = self._call(nodes, given)
             for tape, node, result in zip(self._tapes, nodes, results, strict=True):
-                tape.flowing.update(zip(node.outputs, result, strict=True))
+                tape.flowing.update(zip(node.outputs, tensors_in(result), strict=True))
                 if self.exact:
-                    exact = self._call(tape, node, exact=True)
-                    tape.exact.update(zip(node.outputs, exact, strict=True))
+                    args, kwargs = tape.arguments(node, exact=True)
+                    with torch.no_grad():
+                        exact = node.function(*args, **kwargs)  # type: ignore[misc]
+                    tape.exact.update(zip(node.outputs, tensors_in(exact), strict=True))
                 tape.forget(self._position + 1)
             self._position += 1
 
-    def _call(self, tape: _Tape, node: _Node, exact: bool = False) -> list[Tensor]:
-        assert node.function is not None
-        args, kwargs = tape.arguments(node, exact)
-        with torch.no_grad():
-            return tensors_in(node.function(*args, **kwargs))
+    def _call(self, nodes: list[_Node], given: list[Any]) -> list[Any]:
+        """What a function between blocks returns for every sample, its edges calibrated and applied."""
+        actions = self._between.get(nodes[0].site, [])  # type: ignore[arg-type]
+        inputs = [
+            (edge, calibrate(edge, [tensors_in(each)[edge.index] for each in given]))
+            for edge, calibrate in actions
+            if edge.side == "input"
+        ]
+        results = [
+            edges.call(node.function, each[0], each[1], inputs)  # type: ignore[arg-type]
+            for node, each in zip(nodes, given, strict=True)
+        ]
+        for edge, calibrate in actions:
+            if edge.side == "output":
+                calls = list(zip(results, given, strict=True))
+                made = [edges.output_tensors(*each)[edge.index] for each in calls]
+                action = {edge.index: calibrate(edge, made)}
+                results = [edges.change_outputs(*each, action) for each in calls]
+        return results
 
-    def _capture(self, sample: Any, forward: Callable[[Any], object]) -> _Tape:
-        recorder = _TapeRecorder(self.blocks, self.exact)
+    def _capture_all(
+        self, samples: Sequence[Any], forward: Callable[[Any], object], between: Mapping[Edge, Calibrate]
+    ) -> list[_Tape]:
+        """The tapes of all samples; recorded again if there is an edge in front of the first block."""
+        seen: dict[Edge, list[Tensor]] = {edge: [] for edge in between}
+        early = {edge: partial(_note, tensors) for edge, tensors in seen.items()}
+        tapes = [
+            self._capture(sample, forward, early) for sample in track(samples, "capturing block inputs")
+        ]
+        rounding = {edge: between[edge](edge, tensors) for edge, tensors in seen.items() if tensors}
+        if not rounding:
+            return tapes
+        rounded = [self._capture(sample, forward, rounding) for sample in samples]
+        for tape, plain in zip(rounded, tapes, strict=True):
+            tape.exact = plain.exact
+        return rounded
+
+    def _capture(
+        self, sample: Any, forward: Callable[[Any], object], early: Mapping[Edge, TensorFunction]
+    ) -> _Tape:
+        recorder = _TapeRecorder(self.blocks, self.exact, self._store, early)
         with torch.no_grad():
             recorder.record(lambda: forward(sample))
         return recorder.tape
@@ -249,13 +312,21 @@ class Walk:
                 )
 
 
-class _TapeRecorder(TorchFunctionMode):
-    """Writes the tape of one sample."""
+def _note(seen: list[Tensor], x: Tensor) -> Tensor:
+    seen.append(x.clone())
+    return x
 
-    def __init__(self, blocks: list[Block], exact: bool) -> None:
+
+class _TapeRecorder(TorchFunctionMode):
+    """Writes the tape of one sample; `early` is done to the tensors in front of the first block."""
+
+    def __init__(
+        self, blocks: list[Block], exact: bool, store: Store, early: Mapping[Edge, TensorFunction]
+    ) -> None:
         super().__init__()
         self.tape = _Tape()
-        self._blocks, self._keep_exact = blocks, exact
+        self._early = edges.by_site(early)
+        self._blocks, self._keep_exact, self._store = blocks, exact, store
         self._running = Running()
         self._inside = False
         self._done = 0
@@ -264,6 +335,7 @@ class _TapeRecorder(TorchFunctionMode):
 
     def record(self, run: Callable[[], object]) -> None:
         model = self._blocks[0].model
+        self._constants = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         wanted = {block.module: index for index, block in enumerate(self._blocks)}
         handles = []
         for path, module in model.named_modules():
@@ -320,9 +392,11 @@ class _TapeRecorder(TorchFunctionMode):
         leaves, structure = tree_flatten((args, kwargs))
         if index == 0:
             for leaf in tensors_in(leaves):
-                self.tape.flowing[self._number(leaf)] = leaf.clone()
+                if id(leaf) in self._constants:
+                    continue
+                self.tape.flowing[self._number(leaf)] = self._store.keep(leaf.clone())
             if self._keep_exact:
-                self.tape.exact = dict(self.tape.flowing)
+                self.tape.exact = {n: self._store.keep(x.clone()) for n, x in self.tape.flowing.items()}
         self.tape.nodes.append(_Node(self._referring(leaves), structure))
 
     def _referring(self, leaves: list[Any]) -> list[Any]:
@@ -333,7 +407,10 @@ class _TapeRecorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         site = self._running.site(func)
-        if self._inside or not self._done:
+        if not self._done:
+            early = [] if self._running.idle else self._early.get(site, [])
+            return edges.call(func, args, kwargs or {}, early)
+        if self._inside:
             return func(*args, **(kwargs or {}))
         leaves, structure = tree_flatten((args, kwargs or {}))
         referring = self._referring(leaves)

@@ -10,19 +10,19 @@ from ptqcore.observers.base import Observer
 from ptqcore.observers.minmax import MinMax
 from ptqcore.spec import QuantSpec
 
-_MOST_VALUES = 2**22
+_MOST_VALUES = 2**20
 
 
 class SampleObserver(Observer):
     """Keeps the values [scales, n] of every scale of the layout.
 
-    Where one scale serves a whole tensor, at most 4 Mi values are kept: all of them, else every
+    Where one scale serves a whole tensor, at most 1 Mi values are kept: all of them, else every
     2nd, 4th, … in the order seen. The smallest and largest value are always exact.
     """
 
     def __init__(self, spec: QuantSpec, **options: object) -> None:
         super().__init__(spec, **options)
-        self._values: Tensor | None = None
+        self._parts: list[Tensor] = []
         self._stride = 1
         self._seen = 0
         self._exact = MinMax(spec)
@@ -39,8 +39,8 @@ class SampleObserver(Observer):
         theirs = other.values()
         self._exact.merge(other._exact)
         stride = max(self._stride, other._stride)
-        if self._values is not None:
-            self._values = self._values[:, :: stride // self._stride]
+        if self._parts:
+            self._parts = [self.values()[:, :: stride // self._stride]]
         self._stride = stride
         self._append(theirs[:, :: stride // other._stride])
         self._seen += other._seen
@@ -51,9 +51,11 @@ class SampleObserver(Observer):
         Raises:
             ValueError: if no tensor was seen.
         """
-        if self._values is None:
+        if not self._parts:
             raise ValueError(f"the {self.name} observer has seen no tensor")
-        return self._values
+        if len(self._parts) > 1:
+            self._parts = [torch.cat(self._parts, dim=1)]
+        return self._parts[0]
 
     def exact_range(self) -> tuple[Tensor, Tensor]:
         """Smallest and largest value seen, in the layout, extended to contain 0."""
@@ -69,8 +71,7 @@ class SampleObserver(Observer):
         return filled.reshape(-1, size)
 
     def _append(self, rows: Tensor) -> None:
-        rows = rows if self._values is None else torch.cat([self._values, rows], dim=1)
-        while self.spec.granularity == "tensor" and rows.numel() > _MOST_VALUES:
+        self._parts.append(rows.clone())
+        while self.spec.granularity == "tensor" and sum(map(torch.numel, self._parts)) > _MOST_VALUES:
             self._stride *= 2
-            rows = rows[:, ::2]
-        self._values = rows.clone()
+            self._parts = [self.values()[:, ::2].clone()]

@@ -173,7 +173,7 @@ def _named(title: str, unit: str, axis: Axis) -> str:
     return f"{title} ({details})" if details else title
 
 
-def _text(text: str) -> str:
+def xml_text(text: str) -> str:
     """Text for XML: markup escaped, and characters that XML forbids replaced."""
     return escape(_NOT_XML.sub("\ufffd", text))
 
@@ -188,8 +188,10 @@ def _chart(
     marks: Mapping[int, str] | None,
 ) -> str:
     """The whole drawing: grid and tick labels, slots, marks below."""
-    opening = f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_text(title)}">'
-    heading = f'<text class="axis-title" x="{LEFT}" y="12">{_text(title)}</text>'
+    opening = (
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{xml_text(title)}">'
+    )
+    heading = f'<text class="axis-title" x="{LEFT}" y="12">{xml_text(title)}</text>'
     if not labels:
         nothing = f'<text x="{WIDTH / 2:.0f}" y="{HEIGHT / 2:.0f}" text-anchor="middle">no data</text>'
         return f"{opening}{heading}{nothing}</svg>"
@@ -211,7 +213,7 @@ def _slot(index: int, count: int, span: tuple[float, float] | None, tooltip: str
     width = (RIGHT - LEFT) / count
     left = LEFT + index * width
     hit = f'<rect class="hit" x="{left:.2f}" y="{TOP}" width="{width:.2f}" height="{BOTTOM - TOP}"/>'
-    head = f"<g><title>{_text(tooltip)}</title>{hit}"
+    head = f"<g><title>{xml_text(tooltip)}</title>{hit}"
     if span is None:
         cross = f"M{left + width / 2 - 4:.2f} {TOP + 2}l8 8m0 -8l-8 8"
         return f'{head}<path class="broken" d="{cross}"/></g>'
@@ -220,7 +222,7 @@ def _slot(index: int, count: int, span: tuple[float, float] | None, tooltip: str
     height = max(max(span) - min(span), LOWEST_BAR)
     top = min(min(span), BOTTOM - height)
     where = f'x="{left + (width - thick) / 2:.2f}" y="{top:.2f}" width="{thick:.2f}" height="{height:.2f}"'
-    return f'{head}<rect class="{_text(style)}" {where}/></g>'
+    return f'{head}<rect class="{xml_text(style)}" {where}/></g>'
 
 
 def _grid_line(y: float, tick: float) -> str:
@@ -248,6 +250,6 @@ def _marks(names: Mapping[int, str], count: int) -> str:
         anchor = "middle" if centred else "start"
         tick = f'<path class="tick" d="M{x:.2f} {BOTTOM}v5"/>'
         parts.append(
-            f'{tick}<text x="{x:.2f}" y="{BOTTOM + 18}" text-anchor="{anchor}">{_text(short)}</text>'
+            f'{tick}<text x="{x:.2f}" y="{BOTTOM + 18}" text-anchor="{anchor}">{xml_text(short)}</text>'
         )
     return "".join(parts)

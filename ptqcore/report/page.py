@@ -3,17 +3,18 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from importlib import resources
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ptqcore.report import charts
+from ptqcore.report import charts, engines
 from ptqcore.report.charts import number
+from ptqcore.report.network import FlowMap
 from ptqcore.report.record import BlockRecord, LayerRecord, RunRecord
+from ptqcore.report.sections import Chart, activation_charts, loss_lines, map_chart, map_tables, short
 
 MISSING = "—"
 # The palette has this many distinct colours; rarer kinds of layers share one more.
@@ -30,19 +31,41 @@ class Card:
     detail: str = ""
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A drawing, the meaning of its colours (kind → CSS class), and what stands out in it."""
-
-    svg: Markup
-    legend: dict[str, str] = field(default_factory=dict)
-    note: str = ""
-
-
 def render(record: RunRecord) -> str:
     """The page for a record: styles and drawings inline, no reference to any other file."""
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            record=record,
+            cards=_cards(record),
+            metrics=_metrics(record),
+            layer_charts=_layer_charts(record.layers),
+            block_charts=_block_charts(record.blocks),
+            engines=engines.sections(record),
+            map_chart=None if record.map is None else map_chart(record.map),
+            map_tables=[] if record.map is None else map_tables(record.map),
+            activation_charts=activation_charts(record.activations),
+            loss_lines=loss_lines(record.blocks),
+            worst_phase=max(record.phases.values(), default=0.0),
+        )
+    )
+
+
+def render_map(network: FlowMap, plugin: str, recipe: str) -> str:
+    """A page for the map of a network alone."""
+    template = _environment().get_template("map_page.html.j2")
+    drawn, tables = map_chart(network), map_tables(network)
+    return template.render(map_chart=drawn, map_tables=tables, plugin=plugin, recipe=recipe)
+
+
+def _environment() -> Environment:
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("ptqcore", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters.update(
         number=_optional_number,
@@ -50,17 +73,10 @@ def render(record: RunRecord) -> str:
         size=size,
         duration=duration,
         limits=limits,
+        percent=_percent,
         sortable=sortable,
     )
-    source = resources.files("ptqcore.report").joinpath("page.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source).render(
-        record=record,
-        cards=_cards(record),
-        metrics=_metrics(record),
-        layer_charts=_layer_charts(record.layers),
-        block_charts=_block_charts(record.blocks),
-        worst_phase=max(record.phases.values(), default=0.0),
-    )
+    return environment
 
 
 def size(count: float) -> str:
@@ -105,6 +121,10 @@ def change(before: float | None, after: float | None) -> str:
 
 def _optional_number(value: float | None) -> str:
     return MISSING if value is None else number(value)
+
+
+def _percent(share: float | None) -> str:
+    return MISSING if share is None else f"{number(100 * share)} %"
 
 
 def _size_unit(count: float) -> tuple[float, str]:
@@ -177,7 +197,7 @@ def _layer_charts(layers: Sequence[LayerRecord]) -> dict[str, Chart]:
 def _block_charts(blocks: Sequence[BlockRecord]) -> dict[str, Chart]:
     """The charts of blocks, by name."""
     paths = _paths(blocks)
-    marks = dict(enumerate(_short(paths)))
+    marks = dict(enumerate(short(paths)))
 
     def chart(values: Sequence[float], title: str, unit: str = "", note: str = "") -> Chart:
         return Chart(Markup(charts.bars(paths, values, title=title, unit=unit, marks=marks)), note=note)
@@ -235,16 +255,6 @@ def _legend(layers: Sequence[LayerRecord], colours: dict[str, str]) -> dict[str,
 def _block_marks(layers: Sequence[LayerRecord]) -> dict[int, str]:
     """Index → short block name, for the layers at which a new block begins."""
     blocks = [layer.block for layer in layers]
-    names = dict(zip(dict.fromkeys(blocks), _short(list(dict.fromkeys(blocks))), strict=True))
+    names = dict(zip(dict.fromkeys(blocks), short(list(dict.fromkeys(blocks))), strict=True))
     starts = [index for index, block in enumerate(blocks) if index == 0 or block != blocks[index - 1]]
     return {index: names[blocks[index]] for index in starts}
-
-
-def _short(paths: Sequence[str]) -> list[str]:
-    """The paths without the components that all of them begin with; the last one always stays."""
-    split = [path.split(".") for path in paths]
-    shortest = min((len(parts) for parts in split), default=1)
-    shared = 0
-    while shared < shortest - 1 and len({parts[shared] for parts in split}) == 1:
-        shared += 1
-    return [".".join(parts[shared:]) for parts in split]

@@ -3,6 +3,10 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ptqcore.report.network import FlowMap
+
+MOST_LOSSES = 100
+
 
 @dataclass(frozen=True)
 class LayerRecord:
@@ -29,12 +33,31 @@ class LayerRecord:
 @dataclass(frozen=True)
 class BlockRecord:
     """One block: relative_error is ‖Q(x) − F(x)‖² / ‖F(x)‖² over the calibration samples, for the
-    same inputs x from the quantized prefix; peak_memory_bytes is resident memory."""
+    same inputs x from the quantized prefix; peak_memory_bytes is resident memory; losses are those of
+    the updates in which its rounding was learned, at most `MOST_LOSSES`, each the mean of several."""
 
     path: str
     relative_error: float
     seconds: float
     peak_memory_bytes: int
+    losses: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class ActivationRecord:
+    """One activation on a static grid.
+
+    name: the edge, or the layer whose input it is. range: what the grid covers; scale: its step.
+    clipped: share of the values outside the range (0 … 1), over the calibration samples; None where
+    they were not counted.
+    """
+
+    name: str
+    block: str
+    grid: str
+    range: tuple[float, float]
+    scale: float
+    clipped: float | None
 
 
 @dataclass(frozen=True)
@@ -49,6 +72,8 @@ class EngineRecord:
     largest_steps: the largest difference, in steps.
     histogram: difference in steps → share of the outputs.
     agreement: share of the places where the same channel is the largest; None where outputs have none.
+    control: within_one_step of the simulation against itself, its sums taken in another order: values
+    that lie on the edge between two steps fall to either side, and in a deep network many follow.
     """
 
     engine: str
@@ -59,6 +84,7 @@ class EngineRecord:
     largest_steps: float = 0.0
     histogram: dict[str, float] = field(default_factory=dict)
     agreement: float | None = None
+    control: float = 1.0
 
     @property
     def in_integer(self) -> int:
@@ -106,8 +132,10 @@ class RunRecord:
     exports: dict[str, ExportRecord] = field(default_factory=dict)
     layers: list[LayerRecord] = field(default_factory=list)
     blocks: list[BlockRecord] = field(default_factory=list)
+    activations: list[ActivationRecord] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     phases: dict[str, float] = field(default_factory=dict)
+    map: FlowMap | None = None
     recipe_yaml: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     seed: int = 0

@@ -69,7 +69,14 @@ def test_importing_all_of_the_core_imports_no_plugin():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["quantize", "--help"], ["plugins"], ["recipe", "list", "--plugin", "llm"]]
+    "arguments",
+    [
+        ["--help"],
+        ["quantize", "--help"],
+        ["map", "--help"],
+        ["plugins"],
+        ["recipe", "list", "--plugin", "llm"],
+    ],
 )
 def test_what_computes_nothing_does_not_wait_for_torch(arguments):
     code = (
@@ -115,7 +122,7 @@ def test_a_name_that_is_not_public_is_an_attribute_error():
 def test_help_names_every_command(ptq):
     code, out, _ = ptq("--help")
     assert code == 0
-    for command in ("quantize", "plugins", "recipe"):
+    for command in ("quantize", "map", "plugins", "recipe"):
         assert command in out
 
 
@@ -123,7 +130,7 @@ def test_plugins_lists_the_core_and_what_the_language_model_plugin_brings(ptq):
     code, out, _ = ptq("plugins")
     assert code == 0
     lines = out.splitlines()
-    assert lines[0].startswith("core: steps round; observers minmax, ")
+    assert lines[0].startswith("core: steps equalize, round, adaround, brecq, qdrop, bias-correction; ")
     (llm,) = [line for line in lines if line.startswith("llm ")]
     assert llm.startswith(f"llm (ptq-llm {discover().versions()['llm']}): tasks causal-lm; ")
     assert llm.endswith(f"recipes {', '.join(LLM_RECIPES)}")
@@ -149,7 +156,7 @@ def test_recipe_schema_is_json_that_describes_recipes(ptq):
 
 @pytest.mark.parametrize("name", LLM_RECIPES)
 def test_recipe_show_prints_the_recipe_as_it_would_run(ptq, tmp_path, name):
-    code, out, _ = ptq("recipe", "show", name)
+    code, out, _ = ptq("recipe", "show", name, "--plugin", "llm")
     assert code == 0
     shown = tmp_path / "shown.yaml"
     shown.write_text(out, encoding="utf-8")
@@ -176,7 +183,15 @@ SHOW = ("recipe", "show", "w4a16-g64", "--set")
     ("arguments", "sentence"),
     [
         (["quantize", "--plugin", "lm"], "plugin 'lm' is not installed; did you mean 'llm'?"),
-        (["recipe", "list", "--plugin", "vision"], "plugin 'vision' is not installed"),
+        (["recipe", "list", "--plugin", "speech"], "plugin 'speech' is not installed"),
+        (["map", "--plugin", "lm"], "plugin 'lm' is not installed; did you mean 'llm'?"),
+        (["map", "--plugin", "llm", "--set", "quant.weights.bts=4"], "'quant.weights.bts' is unknown"),
+        (["map", "--plugin", "llm", "--set", "task.model=no-such"], "no-such"),
+        (
+            ["map", "--plugin", "llm", "--json", "no-such-folder/map.json"],
+            "cannot write no-such-folder/map.json: no-such-folder is not a folder",
+        ),
+        (["map", "--plugin", "llm", "--html", "."], "cannot write .: it is a folder"),
         (
             ["recipe", "show", "w4a16"],
             "recipe 'w4a16' is unknown; did you mean 'w4a16-g64'?",

@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from ptqcore.dataflow import tensors_in, trace
+from ptqcore.dataflow import inside, tensors_in, trace
 
 
 class Attention(nn.Module):
@@ -192,3 +193,188 @@ def test_hooks_are_removed_even_if_the_pass_fails():
     with pytest.raises(RuntimeError):
         flow_of(model, torch.ones(1, 3))
     assert not any(module._forward_hooks for module in model.modules())
+
+
+# Functions
+
+
+class Function(nn.Module):
+    """Any function as a model."""
+
+    def __init__(self, compute, **modules):
+        super().__init__()
+        self.compute = compute
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, *inputs):
+        return self.compute(self, *inputs)
+
+
+def ops_of(compute, *inputs, **modules):
+    return flow_of(Function(compute, **modules), *(inputs or (torch.ones(2, 4),))).ops
+
+
+def sites_of(flow):
+    return [str(op.site) for op in flow.ops]
+
+
+def test_ops_are_named_by_the_module_that_runs_them():
+    flow = residual_flow()
+    assert sites_of(flow) == [
+        "conv1:conv2d",
+        "bn:batch_norm",
+        "relu:relu",
+        "conv2:conv2d",
+        "shortcut:conv2d",
+        ":add",
+    ]
+
+
+def test_ops_of_one_name_are_counted_within_each_call():
+    flow = attention_flow()
+    own = [site for site in sites_of(flow) if site.startswith(":")]
+    assert own == [":mT", ":matmul", ":softmax", ":matmul.1", ":add", ":sigmoid", ":mul", ":add.1"]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x: x + x,
+        lambda x: torch.add(x, x),
+        lambda x: x.add(x),
+        lambda x: x.add_(x),
+        lambda x: x.__iadd__(x),
+        lambda x: 1 + x,
+    ],
+)
+def test_all_ways_to_write_a_sum_have_one_name(write):
+    assert [op.name for op in ops_of(lambda m, x: write(x))] == ["add"]
+
+
+def test_sites_are_the_same_in_every_pass_and_for_every_batch_size():
+    model = Attention()
+    expected = sites_of(flow_of(model, torch.randn(1, 5, 8)))
+    assert sites_of(flow_of(model, torch.randn(1, 5, 8))) == expected
+    assert sites_of(flow_of(model, torch.randn(7, 3, 8))) == expected
+
+
+def test_each_call_of_a_shared_module_has_sites_of_its_own():
+    flow = flow_of(
+        Function(lambda m, x: m.shared(m.shared(x)), shared=nn.Sequential(nn.Linear(4, 4), nn.ReLU())),
+        torch.ones(2, 4),
+    )
+    assert sites_of(flow) == [
+        "shared.0:linear",
+        "shared.1:relu",
+        "shared.0#1:linear",
+        "shared.1#1:relu",
+    ]
+
+
+def test_a_tensor_changed_in_place_is_another_one_to_those_who_read_it_later():
+    def compute(m, x):
+        y = x * 2
+        before = y + 1
+        y.relu_()
+        return before, y + 1
+
+    double, before, relu, after = ops_of(compute)
+    assert before.inputs == relu.inputs == double.outputs
+    assert after.inputs == relu.outputs != relu.inputs
+
+
+def test_an_activation_function_in_place_makes_a_new_tensor():
+    double, relu, after = ops_of(lambda m, x: m.relu(x * 2) + 1, relu=nn.ReLU(inplace=True))
+    assert (relu.inputs, after.inputs) == (double.outputs, relu.outputs)
+    assert relu.inputs != relu.outputs
+
+
+def test_writing_a_part_makes_a_new_tensor():
+    def compute(m, x):
+        y = x * 2
+        y[:, 0] = 1
+        return y + 1
+
+    double, write, after = ops_of(compute)
+    assert write.name == "setitem"
+    assert write.inputs == double.outputs
+    assert after.inputs == write.outputs != write.inputs
+
+
+def test_functions_that_return_what_they_were_given_or_only_look_are_not_recorded():
+    def compute(m, x):
+        x = F.dropout(x.contiguous().to(torch.float32), 0.5, training=False)
+        assert x.shape[0] == x.size(0) == len(x)
+        return x.float() * x.dim()
+
+    assert [op.name for op in ops_of(compute)] in (["mul"], ["dropout", "mul"])
+
+
+def test_properties_are_functions():
+    (transpose,) = ops_of(lambda m, x: x.mT)
+    assert transpose.name == "mT"
+    assert str(transpose.site) == ":mT"
+
+
+def test_other_arguments_are_kept():
+    (clamp,) = ops_of(lambda m, x: x.clamp(0, 6))
+    assert clamp.arguments == (0, 6)
+    (pad,) = ops_of(lambda m, x: F.pad(x, (1, 2), value=0.5))
+    assert pad.arguments == (1, 2, "constant", 0.5)
+
+
+def test_every_output_has_a_number_a_shape_and_a_kind():
+    flow = flow_of(Function(lambda m, x: x.max(1)), torch.ones(2, 4))
+    (op,) = flow.ops
+    values, places = op.outputs
+    assert flow.shapes[values] == flow.shapes[places] == (2,)
+    assert values in flow.floating
+    assert places not in flow.floating
+
+
+def test_what_depends_on_the_inputs_is_variable():
+    def compute(m, x):
+        constant = torch.arange(4.0) * 2
+        return x * constant + constant
+
+    flow = flow_of(Function(compute), torch.ones(2, 4))
+    variable = flow.variable()
+    made = {op.site.name + str(op.site.ordinal): op.outputs[0] in variable for op in flow.ops}
+    assert made == {"arange0": False, "mul0": False, "mul1": True, "add0": True}
+
+
+def test_producers_and_consumers_are_found_by_tensor():
+    flow = flow_of(Function(lambda m, x: (y := x * 2) + y.relu() + y), torch.ones(2, 4))
+    double, relu, first, second = flow.ops
+    assert flow.producers()[double.outputs[0]] == double
+    assert flow.consumers()[double.outputs[0]] == [relu, first, second]
+    assert flow.inputs == double.inputs
+
+
+def test_what_is_computed_outside_the_model_is_not_recorded():
+    model = Function(lambda m, x: x.relu() + 1)
+    flow = trace(model, lambda: model((torch.ones(2, 4) * 2).relu() + 1).relu())
+    assert sites_of(flow) == [":relu", ":add"]
+    assert flow.inputs == flow.ops[0].inputs
+
+
+def test_a_failed_call_that_the_model_catches_leaves_the_record_straight():
+    def compute(m, x):
+        try:
+            m.wrong(x)
+        except RuntimeError:
+            return m.right(x) + 1
+
+    flow = flow_of(Function(compute, wrong=nn.Linear(3, 3), right=nn.Linear(4, 3)), torch.ones(2, 4))
+    assert sites_of(flow) == ["right:linear", ":add"]
+    assert flow.called("")[0].inputs == flow.called("right")[0].inputs
+
+
+def test_paths_are_inside_themselves_what_is_below_and_everything_is_inside_the_model():
+    assert inside("a.b", "a.b")
+    assert inside("a.b.c", "a.b")
+    assert not inside("a.bc", "a.b")
+    assert not inside("a", "a.b")
+    assert inside("a", "")
+    assert inside("", "")

@@ -222,19 +222,22 @@ def test_asymmetric_range_wider_than_the_largest_half_precision_number_is_covere
     zero_point=st.none() | st.integers(0, 255),
     exponent=st.integers(-8, 8),
     numerators=st.lists(st.integers(-4096, 4096), min_size=1, max_size=20),
+    dynamic=st.booleans(),
 )
 @settings(max_examples=150, deadline=None)
-def test_codes_and_values_equal_exact_fractions(bits, zero_point, exponent, numerators):
+def test_codes_and_values_equal_exact_fractions(bits, zero_point, exponent, numerators, dynamic):
     """With a power of two as scale all of float32 is exact, and `round` of a Fraction is half to even.
 
-    Ties are broken for signed numbers, the zero point added: as engines with signed integers do.
+    Static grids add the zero point to what is rounded, as ONNX does; dynamic ones round the sum of
+    signed numbers, as readers of compressed-tensors do.
     """
     levels, middle = 2**bits - 1, 2 ** (bits - 1)
-    spec = QuantSpec(bits=bits, symmetric=zero_point is None)
+    spec = QuantSpec(bits=bits, symmetric=zero_point is None, dynamic=dynamic)
     offset = middle if zero_point is None else min(zero_point, levels)
     step = Fraction(2) ** exponent
     exact = [Fraction(n, 8) * step for n in numerators]
-    codes = [min(max(round(x / step + offset - middle) + middle, 0), levels) for x in exact]
+    before = offset - middle if dynamic else 0
+    codes = [min(max(round(x / step + before) + offset - before, 0), levels) for x in exact]
     values = [float((code - offset) * step) for code in codes]
 
     x = torch.tensor([float(value) for value in exact])

@@ -11,10 +11,14 @@ from torch import nn
 from ptqcore import grid
 from ptqcore.modules import (
     QuantConv2d,
+    QuantConvTranspose2d,
     QuantLinear,
     quantizable_layers,
     quantized_class,
+    replace_module,
+    rows_to_weight,
     state_bytes,
+    weight_rows,
 )
 from ptqcore.packed import QuantizedTensor
 from ptqcore.quantizers import FakeQuant
@@ -377,3 +381,76 @@ def test_dequantized_weight_does_not_count():
     before = state_bytes(module)
     module(random(1, 12))
     assert state_bytes(module) == before
+
+
+# Transposed convolutions
+
+TRANSPOSED = {
+    "plain": {"kernel_size": 2, "stride": 2},
+    "no bias": {"kernel_size": 3, "bias": False},
+    "padding": {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1},
+    "uneven": {"kernel_size": (3, 2), "stride": (1, 2), "padding": (1, 0), "dilation": (1, 2)},
+    "groups": {"kernel_size": 3, "groups": 2},
+    "depthwise": {"kernel_size": 4, "stride": 2, "padding": 1, "groups": 4},
+}
+
+
+def transposed(name):
+    torch.manual_seed(0)
+    return nn.ConvTranspose2d(4, 8, **TRANSPOSED[name])
+
+
+def quantized_rows(layer, spec):
+    rows = weight_rows(layer).detach()
+    return QuantizedTensor.from_range(rows, *grid.value_range(rows.flatten(1), spec), spec)
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_rows_of_a_transposed_convolution_make_one_output_channel_each(name):
+    layer = transposed(name)
+    rows = weight_rows(layer)
+    assert rows.shape[0] == 8
+    assert torch.equal(rows_to_weight(rows, layer), layer.weight)
+    with torch.no_grad():
+        kept = torch.zeros_like(rows)
+        kept[5] = rows[5]
+        layer.weight.copy_(rows_to_weight(kept, layer))
+        y = F.conv_transpose2d(random(1, 4, 5, 5), layer.weight, None, groups=layer.groups)
+    assert [bool(channel.any()) for channel in y[0]] == [channel == 5 for channel in range(8)]
+
+
+@pytest.mark.parametrize("spec", WEIGHT_SPECS, ids=str)
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_a_transposed_convolution_is_the_float_one_with_the_dequantized_weight(name, spec):
+    layer, x = transposed(name), random(2, 4, 6, 5)
+    record = quantized_rows(layer, spec)
+    module = quantized_class(layer)(layer, spec, None)
+    module.set_weight(record)
+    assert type(module) is QuantConvTranspose2d
+    assert module.weight.shape == layer.weight.shape
+    with torch.no_grad():
+        layer.weight.copy_(rows_to_weight(record.dequantize(), layer))
+        assert torch.equal(module(x), layer(x))
+
+
+def test_the_state_of_a_transposed_convolution_survives():
+    layer, x = transposed("groups"), random(1, 4, 5, 5)
+    module, empty = (QuantConvTranspose2d(layer, W4, STATIC) for _ in range(2))
+    module.set_weight(quantized_rows(layer, W4))
+    module.input_quantizer.set_range(torch.tensor(-1.0), torch.tensor(1.0))
+    empty.load_state_dict(module.state_dict())
+    assert torch.equal(empty(x), module(x))
+    assert torch.equal(copy.deepcopy(module)(x), module(x))
+
+
+# Modules in several places
+
+
+def test_a_module_is_replaced_wherever_it_stands():
+    shared = nn.Linear(2, 2)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(nn.ReLU(), shared), "c": nn.Linear(2, 2)})
+    model["d"] = model["b"]
+    new = nn.Identity()
+    replace_module(model, "b.1", new)
+    assert model["a"] is model["b"][1] is model["d"][1] is new
+    assert type(model["c"]) is nn.Linear

@@ -236,6 +236,17 @@ def test_its_step_without_feedback_gives_the_bytes_of_the_cores_rounding(environ
     assert own == core
 
 
+def test_its_model_is_mapped_without_a_run(environment, tmp_path):
+    page, data = tmp_path / "map.html", tmp_path / "map.json"
+    printed = environment.ptq("map", "--plugin", "toy", *SMALL, "--html", page, "--json", data)
+    network = json.loads(data.read_text(encoding="utf-8"))
+    blocks = [stage["name"] for stage in network["stages"] if stage["block"]]
+    assert blocks
+    assert all(f"\n  {block} " in printed for block in blocks)
+    assert "Dataflow map" in page.read_text(encoding="utf-8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["map.html", "map.json"]
+
+
 # Misused
 
 

@@ -21,12 +21,12 @@ from tiny_llama import (
     WITH_INPUTS,
     export,
     quantize,
+    read_back,
     tiny_llama,
 )
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig, PreTrainedModel
 
-from ptq_llm.compressed_tensors import CompressedTensors
 from ptqcore import QuantLinear, QuantSpec
 
 # A symmetric grid in float32 leaves no room for differences: all of these were measured as 0.0.
@@ -47,7 +47,7 @@ def load(folder: Path, **options: Any) -> PreTrainedModel:
 
 def assert_loads_equal(model: PreTrainedModel, folder: Path, **options: Any) -> PreTrainedModel:
     export(model, folder)
-    assert CompressedTensors().verify(model, folder) == 0.0
+    assert read_back(model, folder) == 0.0
     loaded = load(folder, **options)
     assert (logits(loaded) - logits(model)).abs().max() <= TOLERANCE
     return loaded
@@ -80,7 +80,7 @@ def test_weights_beside_quantized_inputs_load_unchanged_in_half_precision(scheme
     # Logits differ: compressed-tensors computes the inputs' scales in half precision, we in float32.
     model = quantize(tiny_llama(dtype=dtype), *scheme)
     export(model, tmp_path)
-    assert CompressedTensors().verify(model, tmp_path) == 0.0
+    assert read_back(model, tmp_path) == 0.0
     loaded = load(tmp_path)
     logits(loaded)  # weights are decompressed by the first forward pass
     for name, layer in model.named_modules():

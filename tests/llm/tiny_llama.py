@@ -88,5 +88,13 @@ def quantize(
 
 
 def export(model: PreTrainedModel, folder: Path) -> None:
-    task = SimpleNamespace(save_assets=lambda at: model.config.to_json_file(at / "config.json"))
-    CompressedTensors().export(model, task, folder)
+    CompressedTensors().export(model, _task(model), [], folder)
+
+
+def read_back(model: PreTrainedModel, folder: Path) -> float:
+    """The largest difference between the weights in the files and the model's."""
+    return CompressedTensors().verify(model, _task(model), [], folder).largest_difference
+
+
+def _task(model: PreTrainedModel) -> SimpleNamespace:
+    return SimpleNamespace(save_assets=lambda at: model.config.to_json_file(at / "config.json"))

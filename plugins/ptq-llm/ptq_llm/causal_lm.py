@@ -54,6 +54,14 @@ class CausalLM(Task):
             self._calibration = written[:, : self.options.calibration_window]
         return [{"input_ids": window[None], "use_cache": False} for window in self._calibration]
 
+    def example(self, model: nn.Module) -> dict[str, Any]:
+        """A calibration window; of any tokens where the model has not written them yet."""
+        if self._calibration is not None:
+            return self.samples(model)[0]
+        known = self._model.get_input_embeddings().num_embeddings
+        tokens = torch.arange(self.options.calibration_window)[None] % known
+        return {"input_ids": tokens, "use_cache": False}
+
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """perplexity, kl_divergence and top1_agreement; see `Judge`."""
         if not hasattr(self, "_judge"):

@@ -1,7 +1,7 @@
 """The compressed-tensors format: what transformers and vLLM load as a quantized checkpoint."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ptqcore import (
     QuantModule,
     QuantSection,
     Task,
+    Verification,
     pack_bits,
     write_tensors,
 )
@@ -49,7 +50,7 @@ class CompressedTensors(Exporter):
                 raise _not_linear(name)
             _refuse_ragged(name, layer.in_features, quant.weights.group_size)
 
-    def export(self, model: nn.Module, task: Task, folder: Path) -> None:
+    def export(self, model: nn.Module, task: Task, samples: Sequence[Any], folder: Path) -> None:
         layers = _quantized_layers(model)
         for name, layer in layers.items():
             _refuse_layer(name, layer)
@@ -65,7 +66,7 @@ class CompressedTensors(Exporter):
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (folder / _CONFIG_FILE).write_text(text, encoding="utf-8")
 
-    def verify(self, model: nn.Module, folder: Path) -> float:
+    def verify(self, model: nn.Module, task: Task, samples: Sequence[Any], folder: Path) -> Verification:
         file = TensorFile(folder / _WEIGHTS_FILE)
         layers = _quantized_layers(model)
         layouts = _layouts(model, layers, folder)
@@ -78,7 +79,7 @@ class CompressedTensors(Exporter):
             largest = max(largest, _difference(file.numbers(name, tuple(tensor.shape)), tensor))
         if unknown := sorted(file.names - known):
             raise ExportError(f"tensor {unknown[0]} is in the file but not in the model")
-        return largest
+        return Verification(largest)
 
 
 def _quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:

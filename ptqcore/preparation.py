@@ -1,0 +1,99 @@
+"""Before anything is quantized: the model traced, its batch norms folded, its blocks and grids found."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import Tensor, nn
+
+from ptqcore import audit
+from ptqcore.blocks import Block, find_blocks
+from ptqcore.dataflow import Dataflow, inside, tensors_in, trace
+from ptqcore.flowmap import Folding, map_network
+from ptqcore.folding import find_norms, fold, relative_difference
+from ptqcore.grids import make_grids
+from ptqcore.plan import Plan, make_plan
+from ptqcore.plugin import Registry
+from ptqcore.recipe import Recipe
+from ptqcore.report.network import FlowMap
+from ptqcore.step import Context
+from ptqcore.task import Task
+
+
+@dataclass
+class Prepared:
+    """A loaded model, its data, and how they fit together."""
+
+    model: nn.Module
+    samples: Sequence[Any]
+    flow: Dataflow
+    context: Context
+    blocks: list[Block]
+    folding: Folding
+
+    def map(self) -> FlowMap:
+        """The map of the model, as long as it is in full precision."""
+        targets = {path for block in self.blocks for path in self.context.targets(block)}
+        alone = audit.left_alone(self.model, self.context)
+        alone = {path: reason for path, reason in alone.items() if path not in targets}
+        return map_network(self.model, self.flow, self.blocks, self.context.grids, self.folding, alone)
+
+
+def prepare(plan: Plan, task: Task, model: nn.Module, samples: Sequence[Any]) -> Prepared:
+    """Trace a model, fold its batch norms, and find its blocks and grids.
+
+    Args:
+        plan: of the run.
+        task: its task.
+        model: the full-precision model, in evaluation mode; its batch norms are folded in place.
+        samples: calibration samples; the first is traced.
+
+    Raises:
+        PtqError: if the recipe does not fit the model.
+    """
+    recipe = plan.recipe
+    flow, folding = _trace(model, partial(task.forward, model, samples[0]))
+    excluded = audit.never_called(model, flow) | task.excluded(model)
+    targets = audit.check_targets(model, recipe.quant, excluded)
+    blocks = find_blocks(model, flow, set(targets), recipe.blocks)
+    targets = {
+        path: layer for path, layer in targets.items() if any(inside(path, block.path) for block in blocks)
+    }
+    grids = make_grids(recipe.quant, flow, set(targets))
+    for exporter in plan.exporters:
+        exporter.check_layers(recipe.quant, targets)
+    context = Context(recipe.quant, plan.observer, excluded, recipe.seed, grids)
+    return Prepared(model, samples, flow, context, blocks, folding)
+
+
+def _trace(model: nn.Module, run: Callable[[], object]) -> tuple[Dataflow, Folding]:
+    """The dataflow of the model once its batch norms are folded, and what became of them."""
+    outputs: list[list[Tensor]] = []
+
+    def noted() -> None:
+        outputs.append(tensors_in(run()))
+
+    flow = trace(model, noted)
+    pairs = find_norms(model, flow)
+    folded = fold(model, flow, run)
+    if not folded:
+        return flow, Folding(pairs)
+    flow = trace(model, noted)
+    return flow, Folding(pairs, folded, relative_difference(*outputs))
+
+
+def map_model(recipe: Recipe, plugin: str, registry: Registry) -> FlowMap:
+    """The map of the model that a recipe quantizes: nothing is calibrated, measured or written.
+
+    Raises:
+        PtqError: one sentence for the user.
+    """
+    plan = make_plan(recipe, plugin, registry)
+    with TemporaryDirectory(prefix="ptq-map-") as workspace:
+        task = plan.task(Path(workspace))
+        model = task.load_model().eval().requires_grad_(False)
+        audit.check_finite(model)
+        return prepare(plan, task, model, [task.example(model)]).map()
