@@ -78,6 +78,7 @@ class QuantModule(nn.Module, ABC):
             "bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         )
         self.input_quantizer = None if input_spec is None else FakeQuant(input_spec)
+        self.has_new_bias = False
         self._dequantized: Tensor | None = None
 
     def set_weight(self, weight: QuantizedTensor) -> None:
@@ -111,8 +112,9 @@ class QuantModule(nn.Module, ABC):
         return self._dequantized
 
     def ensure_bias(self) -> nn.Parameter:
-        """The bias, zero if the layer had none."""
+        """The bias; a layer that had none gets one of zeros."""
         if self.bias is None:
+            self.has_new_bias = True
             zeros = self.weight_scale.new_zeros(self.weight_shape[0])
             self.bias = nn.Parameter(zeros, requires_grad=False)
         return self.bias

@@ -40,7 +40,7 @@ class Schedule:
     step_rate: float
     warmup: float = 0.2
     beta: tuple[float, float] = (20.0, 2.0)
-    regularisation: tuple[float, float] = (1.0, 10.0)
+    regularisation: tuple[float, float] = (1.0, 100.0)
 
     def progress(self, iteration: int) -> float:
         """Share of the way from the end of the warm-up to the end; negative during the warm-up."""

@@ -8,78 +8,23 @@ that any graph of blocks (chains, branches, long skips) is walked with one block
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from itertools import count
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch import Tensor
+from torch.utils._pytree import tree_unflatten
 
 from ptqcore import edges
 from ptqcore.blocks import Block
-from ptqcore.dataflow import Running, Site, tensors_in
+from ptqcore.dataflow import Site, tensors_in
 from ptqcore.edges import TensorFunction
 from ptqcore.errors import ModelError
 from ptqcore.placement import Edge
 from ptqcore.progress import track
 from ptqcore.store import Store
-
-
-@dataclass(frozen=True)
-class _Reference:
-    """Stands for a tensor that flows, in the leaves of a recorded call."""
-
-    number: int
-
-
-@dataclass
-class _Node:
-    """One entry of the tape: a block (`function` is None), or a function between blocks."""
-
-    leaves: list[Any]
-    structure: TreeSpec
-    function: Callable[..., Any] | None = None
-    site: Site | None = None
-    outputs: tuple[int, ...] = ()
-
-
-@dataclass
-class _Tape:
-    """What one sample does: its nodes, and the tensors that flow, by number, as they now are."""
-
-    nodes: list[_Node] = field(default_factory=list)
-    flowing: dict[int, Tensor] = field(default_factory=dict)
-    exact: dict[int, Tensor] = field(default_factory=dict)
-
-    def arguments(self, node: _Node, exact: bool = False, copy: bool = False) -> Any:
-        """Args and kwargs of a node; `exact` takes the full-precision stream."""
-        stream = self.exact if exact else self.flowing
-        leaves = [stream[leaf.number] if isinstance(leaf, _Reference) else leaf for leaf in node.leaves]
-        if copy:
-            leaves = [
-                new.clone() if isinstance(old, _Reference) else new
-                for old, new in zip(node.leaves, leaves, strict=True)
-            ]
-        return tree_unflatten(leaves, node.structure)
-
-    @cached_property
-    def _last_read(self) -> dict[int, int]:
-        return {
-            leaf.number: position
-            for position, node in enumerate(self.nodes)
-            for leaf in node.leaves
-            if isinstance(leaf, _Reference)
-        }
-
-    def forget(self, position: int) -> None:
-        """Drop the tensors that no node from `position` on reads."""
-        for stream in (self.flowing, self.exact):
-            for number in [n for n in stream if self._last_read.get(n, -1) < position]:
-                del stream[number]
+from ptqcore.tape import Node, Reference, Tape, TapeRecorder
 
 
 @dataclass
@@ -92,8 +37,8 @@ class BlockIO:
     """
 
     block: Block
-    tapes: list[_Tape]
-    nodes: list[_Node]
+    tapes: list[Tape]
+    nodes: list[Node]
     store: Store
     functions: Mapping[Edge, TensorFunction] = field(default_factory=dict)
 
@@ -153,7 +98,7 @@ class BlockIO:
     def _joins(self, place: int, samples: Sequence[int]) -> bool:
         """Whether a tensor of the call has the first dimension of the first one that flows."""
         given = [self._leaf(sample, place, exact=False) for sample in samples]
-        flows = isinstance(self.nodes[samples[0]].leaves[place], _Reference)
+        flows = isinstance(self.nodes[samples[0]].leaves[place], Reference)
         if not isinstance(given[0], Tensor) or not (flows or any(value is not given[0] for value in given)):
             return False
         return all(
@@ -163,20 +108,16 @@ class BlockIO:
 
     def _size(self, sample: int) -> torch.Size | None:
         """The first dimension of the first tensor that flows into the block, if one does."""
-        numbers = (leaf.number for leaf in self.nodes[sample].leaves if isinstance(leaf, _Reference))
+        numbers = (leaf.number for leaf in self.nodes[sample].leaves if isinstance(leaf, Reference))
         number = next(numbers, None)
         return None if number is None else self.tapes[sample].flowing[number].shape[:1]
 
     def _leaf(self, sample: int, place: int, exact: bool) -> Any:
         leaf = self.nodes[sample].leaves[place]
-        if not isinstance(leaf, _Reference):
+        if not isinstance(leaf, Reference):
             return leaf
         tape = self.tapes[sample]
         return (tape.exact if exact else tape.flowing)[leaf.number]
-
-
-class _Captured(Exception):  # noqa: N818 - a signal that ends a forward pass, not an error
-    pass
 
 
 Calibrate = Callable[[Edge, list[Tensor]], TensorFunction]
@@ -252,7 +193,7 @@ class Walk:
                 tape.forget(self._position + 1)
             self._position += 1
 
-    def _call(self, nodes: list[_Node], given: list[Any]) -> list[Any]:
+    def _call(self, nodes: list[Node], given: list[Any]) -> list[Any]:
         """What a function between blocks returns for every sample, its edges calibrated and applied."""
         actions = self._between.get(nodes[0].site, [])  # type: ignore[arg-type]
         inputs = [
@@ -274,7 +215,7 @@ class Walk:
 
     def _capture_all(
         self, samples: Sequence[Any], forward: Callable[[Any], object], between: Mapping[Edge, Calibrate]
-    ) -> list[_Tape]:
+    ) -> list[Tape]:
         """The tapes of all samples; recorded again if there is an edge in front of the first block."""
         seen: dict[Edge, list[Tensor]] = {edge: [] for edge in between}
         early = {edge: partial(_note, tensors) for edge, tensors in seen.items()}
@@ -291,8 +232,8 @@ class Walk:
 
     def _capture(
         self, sample: Any, forward: Callable[[Any], object], early: Mapping[Edge, TensorFunction]
-    ) -> _Tape:
-        recorder = _TapeRecorder(self.blocks, self.exact, self._store, early)
+    ) -> Tape:
+        recorder = TapeRecorder(self.blocks, self.exact, self._store, early)
         with torch.no_grad():
             recorder.record(lambda: forward(sample))
         return recorder.tape
@@ -315,109 +256,3 @@ class Walk:
 def _note(seen: list[Tensor], x: Tensor) -> Tensor:
     seen.append(x.clone())
     return x
-
-
-class _TapeRecorder(TorchFunctionMode):
-    """Writes the tape of one sample; `early` is done to the tensors in front of the first block."""
-
-    def __init__(
-        self, blocks: list[Block], exact: bool, store: Store, early: Mapping[Edge, TensorFunction]
-    ) -> None:
-        super().__init__()
-        self.tape = _Tape()
-        self._early = edges.by_site(early)
-        self._blocks, self._keep_exact, self._store = blocks, exact, store
-        self._running = Running()
-        self._inside = False
-        self._done = 0
-        self._numbers = WeakTensorKeyDictionary()
-        self._unused = count()
-
-    def record(self, run: Callable[[], object]) -> None:
-        model = self._blocks[0].model
-        self._constants = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-        wanted = {block.module: index for index, block in enumerate(self._blocks)}
-        handles = []
-        for path, module in model.named_modules():
-            handles.append(
-                module.register_forward_pre_hook(
-                    self._enter(path, wanted.get(module)), with_kwargs=True, prepend=True
-                )
-            )
-            handles.append(
-                module.register_forward_hook(
-                    self._leave(wanted.get(module)), with_kwargs=True, always_call=True
-                )
-            )
-        try:
-            with self:
-                run()
-        except _Captured:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _number(self, tensor: Tensor) -> int:
-        if tensor not in self._numbers:
-            self._numbers[tensor] = next(self._unused)
-        return int(self._numbers[tensor])
-
-    def _enter(self, path: str, index: int | None) -> Callable[..., None]:
-        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-            if index is not None:
-                self._start_block(index, args, kwargs)
-            self._running.enter(path)
-
-        return hook
-
-    def _leave(self, index: int | None) -> Callable[..., None]:
-        def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            self._running.leave()
-            if index is None or output is None:
-                return
-            node = self.tape.nodes[-1]
-            node.outputs = tuple(self._number(tensor) for tensor in tensors_in(output))
-            self._inside = False
-            if index == len(self._blocks) - 1:
-                raise _Captured
-
-        return hook
-
-    def _start_block(self, index: int, args: Any, kwargs: Any) -> None:
-        if index != self._done:
-            raise _Captured  # the tape stays short, which `Walk` reports
-        self._done += 1
-        self._inside = True
-        leaves, structure = tree_flatten((args, kwargs))
-        if index == 0:
-            for leaf in tensors_in(leaves):
-                if id(leaf) in self._constants:
-                    continue
-                self.tape.flowing[self._number(leaf)] = self._store.keep(leaf.clone())
-            if self._keep_exact:
-                self.tape.exact = {n: self._store.keep(x.clone()) for n, x in self.tape.flowing.items()}
-        self.tape.nodes.append(_Node(self._referring(leaves), structure))
-
-    def _referring(self, leaves: list[Any]) -> list[Any]:
-        return [
-            _Reference(self._number(leaf)) if isinstance(leaf, Tensor) and leaf in self._numbers else leaf
-            for leaf in leaves
-        ]
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        site = self._running.site(func)
-        if not self._done:
-            early = [] if self._running.idle else self._early.get(site, [])
-            return edges.call(func, args, kwargs or {}, early)
-        if self._inside:
-            return func(*args, **(kwargs or {}))
-        leaves, structure = tree_flatten((args, kwargs or {}))
-        referring = self._referring(leaves)
-        output = func(*args, **(kwargs or {}))
-        made = tensors_in(output)
-        flows = any(isinstance(leaf, _Reference) for leaf in referring)
-        if flows and (made or output is None):
-            numbers = tuple(self._number(tensor) for tensor in made)
-            self.tape.nodes.append(_Node(referring, structure, func, site, numbers))
-        return output

@@ -110,6 +110,7 @@ def test_a_layer_that_got_a_bias_is_restored(tmp_path):
     quantized(model, samples, True)
     save(model, tmp_path, "p", "t", ptqcore.__version__)
     restored = restore(tmp_path, lambda _: Net(LAYERS["conv"](False)))
+    assert restored.block[0].has_new_bias
     assert restored.block[0].bias.abs().max() > 0
     assert torch.equal(restored(samples[0]), model(samples[0]))
 

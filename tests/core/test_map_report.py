@@ -8,7 +8,10 @@ import torch
 
 from ptqcore import audit
 from ptqcore.activation_audit import CountClipped, between_record, grid_ends
+from ptqcore.blocks import Block
 from ptqcore.dataflow import Site
+from ptqcore.journal import BlockResult, Journal
+from ptqcore.packed import QuantizedTensor
 from ptqcore.placement import Edge
 from ptqcore.quantizers import FakeQuant
 from ptqcore.report.block_chart import describe, lane_of, layer_class
@@ -244,3 +247,24 @@ def test_a_report_without_them_has_no_such_sections():
     assert 'id="map"' not in page
     assert 'id="activations"' not in page
     assert 'id="losses"' not in page
+
+
+def test_the_journal_keeps_losses_activations_and_new_biases(tmp_path):
+    def model() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(4, 3, bias=False)))
+
+    weight = QuantSpec(bits=8, granularity="channel")
+    first = Block(model(), "0")
+    layer = first.model[0][0].weight.detach()
+    ends = (layer.amin(1, keepdim=True).clamp(max=0), layer.amax(1, keepdim=True).clamp(min=0))
+    quantized = first.quantize_layer("0.0", QuantizedTensor.from_range(layer, *ends, weight), None)
+    quantized.ensure_bias().data += 2.0
+    activation = ActivationRecord("0:add", "0", "int8 per tensor", (-1.0, 1.0), 0.01, None)
+    result = BlockResult(BlockRecord("0", 0.1, 1.0, 10, (2.0, 1.0)), [], [activation])
+    Journal(tmp_path, {}, resume=False).save(0, first, result, {})
+    second = Block(model(), "0")
+    restored = Journal(tmp_path, {}, resume=True).restore(0, second)
+    assert restored is not None
+    assert restored[0] == result
+    assert torch.equal(second.module(torch.ones(1, 4)), first.module(torch.ones(1, 4)))

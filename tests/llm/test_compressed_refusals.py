@@ -139,6 +139,13 @@ def test_export_refuses_layers_that_are_not_linear(tmp_path):
         export(model, tmp_path)
 
 
+def test_export_refuses_a_bias_that_the_architecture_has_not(tmp_path):
+    model = quantize(tiny_llama(), INT8)
+    model.get_submodule(Q_PROJ).ensure_bias()
+    with pytest.raises(ExportError, match=f"a step gave {Q_PROJ} a bias"):
+        export(model, tmp_path)
+
+
 def test_export_refuses_a_model_without_quantized_layers(tmp_path):
     with pytest.raises(ExportError, match="no quantized layer"):
         export(tiny_llama(), tmp_path)

@@ -129,6 +129,11 @@ def _refuse_layer(name: str, layer: QuantLinear) -> None:
         ExportError: naming the layer.
     """
     refuse(_scheme(layer))
+    if layer.has_new_bias:
+        raise ExportError(
+            f"export compressed-tensors: a step gave {name} a bias, which readers of this architecture "
+            "would leave out: remove bias-correction, or the export"
+        )
     _refuse_ragged(name, layer.in_features, layer.weight_spec.group_size)
     inputs = layer.input_quantizer
     if inputs is not None and inputs.scale is not None and not torch.isfinite(inputs.scale).all():
