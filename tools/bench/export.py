@@ -5,8 +5,9 @@
     python tools/bench/export.py --set task.images=FOLDER --set task.labels=labels.csv
 
 Every quantizer gets the same model and the same calibration images, and every file is judged on the
-same other images by the task's own metrics. ONNX Runtime's static quantizer starts from PyTorch's
-ONNX file, and so does NNCF, which is installed in an environment of its own if it is not at hand.
+same other images by the task's own metrics; files take any batch where the model does. ONNX Runtime's
+static quantizer starts from PyTorch's ONNX file, and so does NNCF, which is installed in an environment
+of its own if it is not at hand.
 
 Latencies are those of one image, the fastest over rounds in which all rows take turns; behind them,
 the ratio to full precision in ONNX Runtime. They mean something on a quiet machine only. Seconds are
@@ -17,7 +18,8 @@ peak of the quantizer's process.
 import argparse
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -130,9 +132,16 @@ def _judge(row: Row, task: Task, sample: Any) -> None:
     if row.runner is None:
         return
     say(row.name)
-    try:
+    with _problems_in(row):
         row.metrics = task.evaluate(row.runner.module())
         row.integers = row.runner.integer_products(sample)
+
+
+@contextmanager
+def _problems_in(row: Row) -> Iterator[None]:
+    """What goes wrong in one row is said below the table, and leaves the others alone."""
+    try:
+        yield
     except PtqError as error:
         row.runner, row.problem = None, str(error)
 
@@ -142,8 +151,9 @@ def _time(rows: list[Row], sample: Any, options: argparse.Namespace) -> None:
     for threads in options.threads:
         for row in rows:
             if row.runner is not None:
-                found = row.runner.milliseconds(sample, threads, options.repeats)
-                row.milliseconds[threads] = min(found, row.milliseconds.get(threads, found))
+                with _problems_in(row):
+                    found = row.runner.milliseconds(sample, threads, options.repeats)
+                    row.milliseconds[threads] = min(found, row.milliseconds.get(threads, found))
 
 
 def _table(rows: list[Row]) -> Table:

@@ -1,6 +1,7 @@
 """One model in PyTorch or in an engine, behind the same three questions: outputs, time, integers."""
 
 import copy
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from ptqcore.engines import execute
 from ptqcore.export.feeding import named_inputs, output_names, with_tensors
 
 _WARM_UPS = 3
-_PRODUCTS = ("Conv", "Gemm", "MatMul", "Deconvolution", "FullyConnected")
+_PRODUCTS = re.compile("Conv(?!ert)|Gemm|MatMul|Deconvolution|FullyConnected")
 
 
 class Runner(Protocol):
@@ -93,7 +94,7 @@ class InEngine:
 
     def integer_products(self, sample: Any) -> str:
         ran = execute(self.engine, self.file, [self._arrays(sample)], profile=True)
-        products = [node for node in ran.nodes if any(kind in node.op for kind in _PRODUCTS)]
+        products = [node for node in ran.nodes if _PRODUCTS.search(node.op)]
         return f"{sum(node.integer for node in products)} of {len(products)}"
 
     def _arrays(self, sample: Any) -> dict[str, np.ndarray]:
