@@ -34,8 +34,8 @@ ASSETS_FOLDER = "assets"
 
 
 class LayerEntry(BaseModel):
-    """A quantized layer: the grid of its weight, and of its input if that is quantized, whether it has
-    a bias (a step may have given it one), and whether the scale of its input is known."""
+    """A quantized layer: the grid of its weight, and of its input if that is quantized; whether it has
+    a bias (a step may have given it one), and whether the scales of its input and output are known."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -43,6 +43,7 @@ class LayerEntry(BaseModel):
     input: QuantSpec | None
     bias: bool = False
     input_scale: bool = False
+    output_scale: bool = False
 
 
 class EdgeEntry(BaseModel):
@@ -103,6 +104,7 @@ def describe_layers(module: nn.Module, prefix: str = "") -> dict[str, LayerEntry
             input=None if layer.input_quantizer is None else layer.input_quantizer.spec,
             bias=layer.bias is not None,
             input_scale=layer.input_scale is not None,
+            output_scale=layer.output_scale is not None,
         )
         for path, layer in module.named_modules(prefix=prefix)
         if isinstance(layer, QuantModule)
@@ -128,6 +130,8 @@ def build_layers(model: nn.Module, layers: dict[str, LayerEntry]) -> None:
             quantized.ensure_bias()
         if entry.input_scale:
             quantized.input_scale = torch.ones(1)
+        if entry.output_scale:
+            quantized.output_scale = torch.ones(1)
         replace_module(model, path, quantized.train(layer.training))
 
 

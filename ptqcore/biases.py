@@ -14,7 +14,7 @@ from ptqcore.dataflow import Dataflow
 from ptqcore.edges import ActivationQuantizers
 from ptqcore.modules import QuantModule
 from ptqcore.packed import QuantizedTensor
-from ptqcore.placement import LAYERS, Edge, moves
+from ptqcore.placement import CLIPPING, LAYERS, Edge, moves
 
 # Biases stay this far from the end of 32 bits, so that the sum of products fits beside them.
 LARGEST = 2**30
@@ -26,6 +26,7 @@ def round_biases(layers: dict[str, QuantModule], flow: Dataflow, quantizers: Act
     Where a bias is too large for 32 bits, the weights of its channel are next to nothing: these are
     rounded to a coarser step, which makes the step of the bias coarser too.
     """
+    outputs = _output_scales(flow, quantizers)
     for path, scales in input_scales(flow, quantizers).items():
         layer = layers.get(path)
         if layer is None or len(scales) != 1 or layer.weight_scale.dtype != torch.float32:
@@ -35,6 +36,9 @@ def round_biases(layers: dict[str, QuantModule], flow: Dataflow, quantizers: Act
             continue
         (scale,) = scales
         layer.input_scale = torch.tensor([scale])
+        if len(outputs[path]) == 1:
+            (output,) = outputs[path]
+            layer.output_scale = None if output is None else torch.tensor([output])
         if layer.bias is None:
             continue
         bias = layer.bias.detach()
@@ -64,6 +68,21 @@ def input_scales(flow: Dataflow, quantizers: ActivationQuantizers) -> dict[str, 
                 made = first
             if made is not None:
                 on_grid[number] = made
+    return found
+
+
+def _output_scales(flow: Dataflow, quantizers: ActivationQuantizers) -> dict[str, set[float | None]]:
+    """Path of a layer → the scales that its output is rounded to, behind a clipping function or at once."""
+    readers = flow.consumers()
+    found: dict[str, set[float | None]] = defaultdict(set)
+    for op in flow.ops:
+        if op.name in LAYERS:
+            after = readers.get(op.outputs[0], [])
+            clipped = len(after) == 1 and after[0].name in CLIPPING
+            edge = Edge(after[0].site if clipped else op.site, "output")
+            edge = edge if edge in quantizers.names else Edge(op.site, "output")
+            scale = quantizers[edge].scale if edge in quantizers.names else None
+            found[op.site.owner].add(None if scale is None else float(scale))
     return found
 
 

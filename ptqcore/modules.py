@@ -53,7 +53,8 @@ class QuantModule(nn.Module, ABC):
     and kept beside the packed one. It starts empty: fill it with `set_weight` or a state dict.
 
     Where `input_scale` [1] is known, the input is on the static grid of that scale, and products are
-    summed in whole numbers; `computes_in_codes` switches that off.
+    summed in whole numbers; where `output_scale` [1] is known too, the output is rounded to whole
+    steps of it. `computes_in_codes` switches both off.
     """
 
     quantizes: ClassVar[type[nn.Module]]
@@ -62,6 +63,7 @@ class QuantModule(nn.Module, ABC):
     weight_scale: Tensor
     weight_zero_point: Tensor | None
     input_scale: Tensor | None
+    output_scale: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(self, layer: nn.Module, weight_spec: QuantSpec, input_spec: QuantSpec | None) -> None:
@@ -86,6 +88,7 @@ class QuantModule(nn.Module, ABC):
         )
         self.input_quantizer = None if input_spec is None else FakeQuant(input_spec)
         self.register_buffer("input_scale", None)
+        self.register_buffer("output_scale", None)
         self.computes_in_codes = True
         self.has_new_bias = False
         self._dequantized: Tensor | None = None
@@ -143,7 +146,8 @@ class QuantModule(nn.Module, ABC):
         """The same with sums of whole numbers, as integer engines compute it.
 
         Sums below 2^24 are exact in float32, in whatever order they are taken: so neither threads nor
-        the size of a batch change a result, and an engine's integers agree.
+        the size of a batch change a result. Engines multiply a sum by one number, input scale times
+        weight scale over output scale, and round: done in the same order, ties fall as theirs do.
         """
         assert self.input_scale is not None
         if self._whole is None:
@@ -153,11 +157,14 @@ class QuantModule(nn.Module, ABC):
                 whole = (record.codes.to(record.scale.dtype) - middle).view(record.shape)
                 self._whole = rows_to_weight(whole, self)
         sums = self.compute(torch.round(x / self.input_scale), self._whole, None)
-        step = self.weight_scale.flatten() * self.input_scale
+        step = (self.input_scale * self.weight_scale.flatten()).expand(self.weight_shape[0])
         shape = (-1,) if isinstance(self, QuantLinear) else (-1, 1, 1)
         if self.bias is not None:
-            sums = sums + torch.round(self.bias / step).view(shape)
-        return sums * step.expand(self.weight_shape[0]).view(shape)
+            codes = torch.round(self.bias.double() / step.double())
+            sums = (sums + codes.view(shape)).float()  # in double: large biases stay whole
+        if self.output_scale is None:
+            return sums * step.view(shape)
+        return (sums * (step / self.output_scale).view(shape)).round_() * self.output_scale
 
     def extra_repr(self) -> str:
         return f"{self.weight_shape}, weight {self.weight_spec}"
