@@ -651,7 +651,7 @@ def test_the_text_that_another_model_wrote_is_not_used(spy, models, texts, tmp_p
     own = ["task.text=self", "task.calibration=self", f"quant.activations={STATIC}"]
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("ptqcore.run.trace", lambda *_: (_ for _ in ()).throw(InterruptionError))
+        patch.setattr("ptqcore.preparation.trace", lambda *_: (_ for _ in ()).throw(InterruptionError))
         with pytest.raises(InterruptionError):
             ptqcore.quantize(recipe("w8a8", models("qwen3"), texts, *own), "llm", out)
     chosen = recipe("w8a8", models("llama"), texts, *own)
