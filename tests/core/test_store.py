@@ -1,0 +1,49 @@
+"""Tensors that outlive a loop: memory up to a budget, files beyond it."""
+
+import gc
+
+import torch
+
+from ptqcore.store import Store
+
+KILOBYTE = 256  # float32 values
+
+
+def test_within_the_budget_a_tensor_stays_what_it_is(tmp_path):
+    store, tensor = Store(4096, tmp_path), torch.randn(KILOBYTE)
+    assert store.keep(tensor) is tensor
+    assert not store.in_files
+
+
+def test_beyond_the_budget_a_tensor_becomes_a_mapped_copy(tmp_path):
+    store, tensors = Store(2048, tmp_path), [torch.randn(2, KILOBYTE // 2) for _ in range(4)]
+    kept = [store.keep(tensor) for tensor in tensors]
+    assert [one is other for one, other in zip(kept, tensors, strict=True)] == [True, True, False, False]
+    assert all(torch.equal(one, other) for one, other in zip(kept, tensors, strict=True))
+    assert store.in_files
+
+
+def test_memory_that_is_given_back_is_used_again(tmp_path):
+    store = Store(1024, tmp_path)
+    first = store.keep(torch.randn(KILOBYTE))
+    del first
+    gc.collect()
+    second = torch.randn(KILOBYTE)
+    assert store.keep(second) is second
+
+
+def test_other_dtypes_shapes_and_empty_tensors_come_back_equal(tmp_path):
+    store = Store(1, tmp_path)
+    for tensor in (torch.arange(7), torch.randn(2, 3, 4).bfloat16(), torch.zeros(0, 3), torch.tensor(5.0)):
+        kept = store.keep(tensor)
+        assert kept.shape == tensor.shape
+        assert kept.dtype == tensor.dtype
+        assert torch.equal(kept, tensor)
+
+
+def test_no_file_is_left_when_the_store_is_gone(tmp_path):
+    store = Store(0, tmp_path)
+    store.keep(torch.randn(KILOBYTE))
+    del store
+    gc.collect()
+    assert not list(tmp_path.iterdir())
