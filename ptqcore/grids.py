@@ -1,11 +1,13 @@
 """Which grid every weight and activation of one model gets, from a recipe and the dataflow map."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ptqcore.dataflow import Dataflow, Op
 from ptqcore.placement import LAYERS, PRODUCTS, Edge, find_edges, moves
 from ptqcore.recipe import QuantSection, TensorQuant
+
+Numbers = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -75,24 +77,21 @@ def _multiplies(op: Op, targets: set[str]) -> bool:
 
 def _ends(flow: Dataflow, targets: set[str]) -> set[str]:
     """Layers whose input comes from no other layer, and layers whose output goes into none."""
-    layers = [op for op in flow.ops if op.name in LAYERS and op.site.owner in targets]
+    forward = [(op, op.inputs, op.outputs) for op in flow.ops]
+    backward = [(op, op.outputs, op.inputs) for op in reversed(flow.ops)]
+    return _met_first(forward, targets) | _met_first(backward, targets)
+
+
+def _met_first(steps: Iterable[tuple[Op, Numbers, Numbers]], targets: set[str]) -> set[str]:
+    """The target layers that no way through (op, tensors it is reached by, tensors it leads to) meets
+    behind another."""
     behind: set[int] = set()
-    before: set[int] = set()
-    first, last = set(), set()
-    for op in flow.ops:
-        reached = not behind.isdisjoint(op.inputs)
-        if op in layers:
-            if not reached:
-                first.add(op.site.owner)
-            behind.update(op.outputs)
-        elif reached:
-            behind.update(op.outputs)
-    for op in reversed(flow.ops):
-        feeds = not before.isdisjoint(op.outputs)
-        if op in layers:
-            if not feeds:
-                last.add(op.site.owner)
-            before.update(op.inputs)
-        elif feeds:
-            before.update(op.inputs)
-    return first | last
+    first = set()
+    for op, entered_by, leads_to in steps:
+        reached = not behind.isdisjoint(entered_by)
+        is_layer = op.name in LAYERS and op.site.owner in targets
+        if is_layer and not reached:
+            first.add(op.site.owner)
+        if is_layer or reached:
+            behind.update(leads_to)
+    return first

@@ -16,8 +16,10 @@ from ptq_vision.openmmlab.description import describe, parse
 from ptq_vision.openmmlab.evaluation import Boxes
 from ptq_vision.openmmlab.preprocessing import Preprocessing
 from ptq_vision.openmmlab.task_detection import Detection, DetectionOptions
-from ptq_vision.openmmlab.wrap import Network, idle_layers
+from ptq_vision.openmmlab.wrap import Network
 from ptqcore import ArtifactError, DataError, ModelError
+from ptqcore.audit import never_called
+from ptqcore.dataflow import trace
 
 mmseg = pytest.importorskip("mmseg")
 mmdet = pytest.importorskip("mmdet")
@@ -140,7 +142,7 @@ def test_every_module_has_one_path_and_every_layer_is_called_once(name):
 
 def test_layers_that_only_training_runs_are_known():
     network = Network(loading.load(PIDNET))
-    idle = idle_layers(network, random_images())
+    idle = never_called(network, trace(network, lambda: network(random_images())))
     assert {path.rpartition("decode_head.")[2].split(".")[0] for path in idle} == {
         *("p_head", "d_head", "p_cls_seg", "d_cls_seg")
     }

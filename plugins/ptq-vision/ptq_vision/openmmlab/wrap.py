@@ -3,7 +3,6 @@
 from copy import deepcopy
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ptqcore import ModelError
@@ -73,22 +72,3 @@ def _is_supported(model: nn.Module) -> bool:
 
 def _flat(output: Any) -> list[Tensor]:
     return [output] if isinstance(output, Tensor) else [tensor for part in output for tensor in _flat(part)]
-
-
-@torch.no_grad()
-def idle_layers(network: nn.Module, image: Tensor) -> list[str]:
-    """Paths of the convolutions and linear layers that a forward pass does not call: only training does."""
-    layers = {
-        path: module for path, module in network.named_modules() if type(module) in (nn.Conv2d, nn.Linear)
-    }
-    called = set()
-    handles = [
-        layer.register_forward_pre_hook(lambda _, __, path=path: called.add(path))
-        for path, layer in layers.items()
-    ]
-    try:
-        network(image)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [path for path in layers if path not in called]
