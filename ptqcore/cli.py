@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 
 from ptqcore.errors import PtqError
+from ptqcore.plugin_commands import PluginCommands
 
 app = typer.Typer(
+    cls=PluginCommands,
     help="Post-training quantization by task.",
     no_args_is_help=True,
     add_completion=False,

@@ -13,7 +13,7 @@ from ptqcore.errors import PluginError, RecipeError, nearest
 
 GROUP = "ptqcore.plugins"
 CORE = "core"
-KINDS = ("tasks", "steps", "observers", "exporters")
+KINDS = ("tasks", "steps", "observers", "exporters", "attachments")
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,9 @@ class Plugin:
 
     Classes are named by import path (`package.module:Class`), so that listing a plugin imports none
     of them. `recipes` is a folder of YAML files inside a package (`package/folder`);
-    `default_recipe` is the one that runs when no recipe is named.
+    `default_recipe` is the one that runs when no recipe is named. `commands` is a typer app, named by
+    import path too (`package.module:app`): its commands are called `ptq NAME …`, where NAME is the
+    plugin's, unless the core has a command of that name.
     """
 
     name: str
@@ -30,8 +32,10 @@ class Plugin:
     steps: Mapping[str, str] = field(default_factory=dict)
     observers: Mapping[str, str] = field(default_factory=dict)
     exporters: Mapping[str, str] = field(default_factory=dict)
+    attachments: Mapping[str, str] = field(default_factory=dict)
     recipes: str | None = None
     default_recipe: str | None = None
+    commands: str | None = None
 
     @cached_property
     def recipe_files(self) -> dict[str, Path]:
@@ -96,7 +100,7 @@ class Registry:
         }
 
     def names(self, kind: str) -> list[tuple[str, str]]:
-        """All (plugin, name) of a kind: `tasks`, `steps`, `observers` or `exporters`."""
+        """All (plugin, name) of a kind, one of `KINDS`."""
         return [(plugin, name) for plugin, entry in self._plugins.items() for name in getattr(entry, kind)]
 
     def versions(self) -> dict[str, str]:
@@ -126,7 +130,7 @@ class Registry:
         """The class behind a name.
 
         Args:
-            kind: `tasks`, `steps`, `observers` or `exporters`.
+            kind: one of `KINDS`.
             name: `name` or `plugin:name`.
             asking: the plugin whose own names come first.
 
@@ -164,6 +168,10 @@ class Registry:
     def task(self) -> Callable[[str, str], Any]:
         """`task(name, asking)`: the task class of that name."""
         return partial(self.find, "tasks")
+
+    def attachment(self, name: str) -> Any:
+        """The attachment class of that name, `plugin:name`."""
+        return self.find("attachments", name, CORE)
 
     def recipe_file(self, name: str | None, plugin: str) -> Path:
         """The file of a recipe: a path ending in .yaml or .yml, or the name of one of the plugin's.

@@ -53,5 +53,7 @@ def describe_plugins(registry: Registry) -> str:
 
 
 def _brings(plugin: Plugin) -> str:
-    tables = {kind: list(getattr(plugin, kind)) for kind in KINDS} | {"recipes": list(plugin.recipe_files)}
+    tables = {kind: list(getattr(plugin, kind)) for kind in KINDS}
+    tables["commands"] = [] if plugin.commands is None else [f"ptq {plugin.name}"]
+    tables["recipes"] = list(plugin.recipe_files)
     return "; ".join(f"{kind} {', '.join(names)}" for kind, names in tables.items() if names)

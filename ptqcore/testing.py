@@ -7,27 +7,35 @@ from typing import Any
 import torch
 
 from ptqcore import artifact, grid
+from ptqcore.attachments import Attachment
 from ptqcore.errors import PluginError
 from ptqcore.export.base import Exporter
 from ptqcore.observers import Observer
 from ptqcore.plan import make_plan
 from ptqcore.plugin import KINDS, Plugin, Registry, discover, resolve
+from ptqcore.plugin_commands import load_commands
 from ptqcore.recipe import read_recipe
 from ptqcore.run import quantize
 from ptqcore.spec import QuantSpec
 from ptqcore.step import Step
 from ptqcore.task import Task
 
-_BASES: dict[str, type] = {"tasks": Task, "steps": Step, "observers": Observer, "exporters": Exporter}
+_BASES: dict[str, type] = {
+    "tasks": Task,
+    "steps": Step,
+    "observers": Observer,
+    "exporters": Exporter,
+    "attachments": Attachment,
+}
 
 
 def check_plugin(name: str, folder: Path, overrides: Iterable[str] = ()) -> list[str]:
     """Check an installed plugin against the contract of the core.
 
     It must load; its classes must import, derive from the right base, and carry the name that they
-    are listed under; its observers must give ranges of the right shape that contain 0; its recipes
-    must be valid; its default recipe must run from end to end, twice with the same bytes, and its
-    artifact must load back.
+    are listed under; its observers must give ranges of the right shape that contain 0; its commands
+    must be a typer app; its recipes must be valid; its default recipe must run from end to end, twice
+    with the same bytes, and its artifact must load back.
 
     Args:
         name: the plugin's name.
@@ -45,6 +53,9 @@ def check_plugin(name: str, folder: Path, overrides: Iterable[str] = ()) -> list
     plugin = registry.plugin(name)
     done = [f"plugin {name!r} loads"]
     done += _check_classes(plugin)
+    if plugin.commands is not None:
+        names = ", ".join(load_commands(plugin).commands)
+        done.append(f"commands of ptq {name}: {names}")
     for recipe, file in plugin.recipe_files.items():
         make_plan(read_recipe(file), name, registry)
         done.append(f"recipe {recipe!r} is valid")
@@ -63,8 +74,9 @@ def _check_classes(plugin: Plugin) -> list[str]:
                 raise PluginError(f"{target} is listed under {kind} but is no subclass of {base.__name__}")
             listed: Any = found
             own = getattr(listed, "name", None)
-            if own != name:
-                raise PluginError(f"{target} is listed as {name!r} but its name is {own!r}")
+            expected = f"{plugin.name}:{name}" if kind == "attachments" else name
+            if own != expected:
+                raise PluginError(f"{target} is listed as {expected!r} but its name is {own!r}")
             if issubclass(found, Observer):
                 _check_observer(found)
             done.append(f"{kind[:-1]} {name!r} keeps its contract")

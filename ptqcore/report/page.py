@@ -34,7 +34,7 @@ class Card:
 def render(record: RunRecord) -> str:
     """The page for a record: styles and drawings inline, no reference to any other file."""
     return (
-        _environment()
+        environment()
         .get_template("page.html.j2")
         .render(
             record=record,
@@ -54,20 +54,21 @@ def render(record: RunRecord) -> str:
 
 def render_map(network: FlowMap, plugin: str, recipe: str) -> str:
     """A page for the map of a network alone."""
-    template = _environment().get_template("map_page.html.j2")
+    template = environment().get_template("map_page.html.j2")
     drawn, tables = map_chart(network), map_tables(network)
     return template.render(map_chart=drawn, map_tables=tables, plugin=plugin, recipe=recipe)
 
 
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """Where the pages' templates are, and the filters that they use."""
+    found = Environment(
         loader=PackageLoader("ptqcore", "report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
+    found.filters.update(
         number=_optional_number,
         signed=signed,
         size=size,
@@ -76,7 +77,7 @@ def _environment() -> Environment:
         percent=_percent,
         sortable=sortable,
     )
-    return environment
+    return found
 
 
 def size(count: float) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 
 import ptqcore.artifact
 import ptqcore.testing
-from ptqcore import Plugin, Step, Task
+from ptqcore import Plugin, Step, Task, cli
 from ptqcore.errors import ArtifactError, PluginError, RecipeError
 from ptqcore.observers import MinMax
 from ptqcore.plugin import CORE, Installed, Registry, discover
@@ -293,6 +293,113 @@ def test_a_recipe_file_needs_an_installed_plugin_too(recipes):
         recipes.recipe_file("mine.yaml", "gues")
 
 
+# Commands
+
+COMMANDS = "from ptqcore import Plugin\nplugin = Plugin(name='guest', commands='ptq_guest_tools:app')"
+
+
+@pytest.fixture
+def ptq(monkeypatch, capsys):
+    """Run the command line: exit code, standard output, standard error."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ptq", *arguments])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def tools(install, tmp_path):
+    """Install the plugin `guest`, whose commands have this source."""
+
+    def write(code: str) -> None:
+        install("ptq-guest", "guest", COMMANDS)
+        (tmp_path / "site" / "ptq_guest_tools.py").write_text(code, encoding="utf-8")
+
+    return write
+
+
+def test_a_plugins_command_is_called_below_its_name(tools, ptq):
+    """Also where it is the only one, which typer would call without its name."""
+    tools(
+        "import typer\n"
+        "app = typer.Typer()\n"
+        "@app.command()\n"
+        "def greet(name: str, loud: bool = False):\n"
+        "    print(name.upper() if loud else name)\n"
+    )
+    assert ptq("guest", "greet", "Ada", "--loud") == (0, "ADA\n", "")
+    code, out, err = ptq("guest", "greet", "--quiet")
+    assert (code, out) == (2, "")
+    assert "ptq guest greet [OPTIONS]" in err
+    assert "No such option" in err
+    assert ptq("guest", "gret", "Ada")[0] == 2
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plugins"]])
+def test_commands_are_listed_without_importing_them(tools, ptq, arguments):
+    tools("raise RuntimeError('imported')")
+    code, out, _ = ptq(*arguments)
+    assert code == 0
+    if arguments == ["plugins"]:
+        assert line(out, "guest ") == "guest (ptq-guest 0.1): commands ptq guest"
+    else:
+        assert "Commands of the plugin guest." in out
+        assert "Commands of the plugin vision." not in out
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("raise RuntimeError('not today')", "cannot import ptq_guest_tools:app: RuntimeError: not today"),
+        ("import sys\nsys.exit(3)", "cannot import ptq_guest_tools:app: SystemExit: 3"),
+        ("import no_such_package_at_all", "No module named 'no_such_package_at_all'"),
+        ("", "AttributeError: module 'ptq_guest_tools' has no attribute 'app'"),
+        ("app = print", "as its commands, which is a builtin_function_or_method, not a typer.Typer"),
+    ],
+    ids=["raises", "exits", "needs a missing package", "has no app", "is no app"],
+)
+def test_commands_that_cannot_be_used_are_one_sentence_and_leave_the_others_alone(tools, ptq, code, reason):
+    tools(code)
+    status, out, err = ptq("guest", "greet")
+    assert (status, out) == (2, "")
+    assert err.startswith("error: plugin 'guest' ")
+    assert reason in err
+    assert err.count("\n") == 1
+    assert ptq("recipe", "list", "--plugin", "llm")[0] == 0
+
+
+def test_commands_of_a_plugin_that_could_not_be_loaded_are_explained(install, ptq):
+    install("ptq-guest", "guest", "raise RuntimeError('it expired')")
+    assert ptq("guest", "greet") == (
+        2,
+        "",
+        "error: plugin 'guest' (ptq-guest 0.1) could not be loaded: RuntimeError: it expired\n",
+    )
+    assert "guest" not in ptq("--help")[1]
+
+
+def test_a_plugin_without_commands_says_how_it_is_used(ptq):
+    sentence = "plugin 'vision' brings no commands: use it with ptq quantize --plugin vision"
+    assert ptq("vision", "bench") == (2, "", f"error: {sentence}\n")
+
+
+def test_a_plugin_cannot_take_the_name_of_a_core_command(install, ptq):
+    install(
+        "ptq-map", "map", "from ptqcore import Plugin\nplugin = Plugin(name='map', commands='nowhere:app')"
+    )
+    code, out, _ = ptq("map", "--help")
+    assert code == 0
+    assert "what is quantized" in out
+    assert "Commands of the plugin map." not in ptq("--help")[1]
+
+
 # What `check_plugin` refuses
 
 RECIPE = """
@@ -398,6 +505,13 @@ def test_a_class_must_import(tmp_path, monkeypatch):
     registry = registry_of(Plugin("guest", steps={"settle": "decimal:Decimals"}))
     monkeypatch.setattr(ptqcore.testing, "discover", lambda: registry)
     with pytest.raises(PluginError, match="'guest' cannot import decimal:Decimals: AttributeError"):
+        check_plugin("guest", tmp_path)
+
+
+def test_commands_must_be_a_typer_app(tmp_path, monkeypatch):
+    registry = registry_of(Plugin("guest", commands="decimal:Decimal"))
+    monkeypatch.setattr(ptqcore.testing, "discover", lambda: registry)
+    with pytest.raises(PluginError, match=r"as its commands, which is a type, not a typer\.Typer"):
         check_plugin("guest", tmp_path)
 
 

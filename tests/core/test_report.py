@@ -12,6 +12,7 @@ import pytest
 from ptqcore.report import charts
 from ptqcore.report.page import change, duration, limits, render, signed, size, sortable
 from ptqcore.report.record import BlockRecord, ExportRecord, LayerRecord, RunRecord
+from ptqcore.report.table_page import BarChart, TablePage, kind_colours
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -376,3 +377,84 @@ def test_changes_show_their_sign() -> None:
 def test_broken_values_sort_as_the_worst_and_missing_ones_as_the_least() -> None:
     assert [sortable(None), sortable(0.5), sortable(math.nan)] == ["-Infinity", "0.5", "Infinity"]
     assert limits(None) == "—"
+
+
+# A page for a table
+
+
+def table_page(**changes: object) -> TablePage:
+    fields: dict[str, object] = {
+        "eyebrow": "ptq-llm",
+        "title": "bench",
+        "lead": "Two recipes.",
+        "columns": ["recipe", "perplexity", "seconds", "reason"],
+        "rows": [
+            {"recipe": "w4", "perplexity": 30.5, "seconds": 12346.0},
+            {"recipe": "w3", "perplexity": math.nan},
+            {"recipe": "w2", "reason": "out of memory"},
+        ],
+        "notes": ["Lower is better."],
+        "charts": [
+            BarChart(
+                "Perplexity", "perplexity", ["w4 a", "w3 a", "w4 b"], [30, 31, 9], list("xyx"), list("aab")
+            )
+        ],
+    }
+    return TablePage(**(fields | changes))  # type: ignore[arg-type]
+
+
+def test_table_page_has_a_row_of_text_and_numbers_for_each_row() -> None:
+    page = Page(table_page().render())
+    assert page.rows == [
+        ["recipe", "perplexity", "seconds", "reason"],
+        ["w4", "30.5", "12,350", "—"],
+        ["w3", "NaN", "—", "—"],
+        ["w2", "—", "—", "out of memory"],
+    ]
+    assert {"ptq-llm", "bench", "Two recipes.", "Lower is better.", "Perplexity"} <= set(page.words)
+    sorted_by = [value for name, value in page.attributes if name == "data-value"]
+    assert sorted_by == ["30.5", "12346.0", "Infinity", "-Infinity", "-Infinity", "-Infinity"]
+
+
+def test_table_page_needs_nothing_but_itself() -> None:
+    text = table_page().render()
+    assert re.search(r"https?://|@import|url\(", text) is None
+    assert [name for name, _ in Page(text).attributes if name in {"src", "srcset", "href"}] == []
+
+
+def test_table_page_without_rows_or_charts_is_a_page() -> None:
+    page = Page(table_page(rows=[], charts=[], lead="").render())
+    assert page.rows == [["recipe", "perplexity", "seconds", "reason"]]
+    assert page.tags.count("svg") == 0
+
+
+def test_names_in_a_table_are_text() -> None:
+    hostile = "<script>alert(1)</script>"
+    chart = BarChart(hostile, hostile, [hostile], [1.0], [hostile], [hostile], hostile)
+    page = Page(
+        table_page(
+            eyebrow=hostile,
+            title=hostile,
+            lead=hostile,
+            columns=[hostile],
+            rows=[{hostile: hostile}],
+            notes=[hostile],
+            charts=[chart],
+        ).render()
+    )
+    assert page.tags.count("script") == 1
+    assert page.rows == [[hostile], [hostile]]
+
+
+def test_bars_of_a_kind_share_a_colour_and_neighbours_of_a_group_its_name() -> None:
+    chart = table_page().charts[0].draw()
+    assert chart.legend == {"x": "k0", "y": "k1"}
+    bars = [rect for rect in ElementTree.fromstring(chart.svg).iter("rect") if rect.get("class") != "hit"]
+    assert [bar.get("class") for bar in bars] == ["k0", "k1", "k0"]
+    assert [text for text in svg_texts(chart.svg) if text in "ab"] == ["a", "b"]
+    assert svg_tooltips(chart.svg) == ["w4 a: 30", "w3 a: 31", "w4 b: 9"]
+
+
+def test_kinds_beyond_the_palette_share_a_colour() -> None:
+    colours = kind_colours([str(index) for index in range(9)])
+    assert list(colours.values()) == ["k0", "k1", "k2", "k3", "k4", "k5", "k6", "other", "other"]

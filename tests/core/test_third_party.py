@@ -111,7 +111,7 @@ def artifact(environment, tmp_path_factory) -> Path:
 
 def test_the_plugin_imports_public_names_only():
     sources = list((TOY / "ptq_toy").glob("*.py"))
-    assert len(sources) == 4
+    assert len(sources) == 5
     for source in sources:
         for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
@@ -124,7 +124,8 @@ def test_the_plugin_imports_public_names_only():
 def test_it_is_listed_with_all_that_it_brings(environment):
     assert (
         "toy (ptq-toy 1.2.3): tasks toy-regression; steps error-feedback-round; "
-        "observers three-sigma; recipes feedback-w4a8, mixed-w4" in environment.ptq("plugins").splitlines()
+        "observers three-sigma; commands ptq toy; recipes feedback-w4a8, mixed-w4"
+        in environment.ptq("plugins").splitlines()
     )
 
 
@@ -143,8 +144,45 @@ def test_it_keeps_the_contract(environment, tmp_path):
     checked = environment.must("-c", script, tmp_path).splitlines()
     for name in ("task 'toy-regression'", "step 'error-feedback-round'", "observer 'three-sigma'"):
         assert f"{name} keeps its contract" in checked
+    assert "commands of ptq toy: weights" in checked
     assert "recipe 'mixed-w4' is valid" in checked
     assert checked[-1].startswith("recipe 'feedback-w4a8' runs, twice with the same bytes")
+
+
+# Its commands
+
+
+def test_its_commands_are_listed_and_explained(environment):
+    assert "Commands of the plugin toy." in environment.ptq("--help")
+    assert "Toy networks." in environment.ptq("toy", "--help")
+    assert "Count the weights of a network." in environment.ptq("toy", "weights", "--help")
+
+
+def test_its_command_runs(environment):
+    """Stem 3·3·3·4 + 4, one block 4·8 + 8 + 8·4 + 4, head 4·5 + 5."""
+    assert environment.ptq("toy", "weights", "--width", "4", "--depth", "1") == "213\n"
+
+
+def test_what_its_command_refuses_is_one_sentence_and_exit_code_2(environment):
+    done = environment.run("-c", "from ptqcore.cli import main; main()", "toy", "weights", "--width", "0")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --width is 0: give 1 or more\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "imported"), [(["--help"], False), (["plugins"], False), (["toy", "--help"], True)]
+)
+def test_its_commands_are_imported_when_they_are_called_and_not_before(environment, arguments, imported):
+    script = """if True:
+        import sys
+        from ptqcore.cli import main
+        try:
+            main()
+        except SystemExit as end:
+            assert not end.code
+        print("ptq_toy.commands" in sys.modules, "torch" in sys.modules)
+    """
+    assert environment.must("-c", script, *arguments).splitlines()[-1] == f"{imported} False"
 
 
 # Used

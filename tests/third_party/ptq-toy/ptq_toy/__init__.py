@@ -9,4 +9,5 @@ plugin = Plugin(
     observers={"three-sigma": "ptq_toy.observer:ThreeSigma"},
     recipes="ptq_toy/recipes",
     default_recipe="feedback-w4a8",
+    commands="ptq_toy.commands:app",
 )

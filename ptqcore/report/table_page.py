@@ -1,0 +1,80 @@
+"""A page for a table of figures and bar charts of them: what compares runs, beside the report of one."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from markupsafe import Markup
+
+from ptqcore.report import charts
+from ptqcore.report.page import KIND_COLOURS, environment
+from ptqcore.report.sections import Chart
+
+Cell = str | float | None
+
+
+@dataclass(frozen=True)
+class BarChart:
+    """Bars side by side.
+
+    labels: what each bar says when it is pointed at. kinds: what gives each bar its colour, explained in
+    a legend. groups: what is written below each bar; where neighbours have the same, it stands once,
+    where they begin.
+    """
+
+    heading: str
+    axis: str
+    labels: Sequence[str]
+    values: Sequence[float]
+    kinds: Sequence[str]
+    groups: Sequence[str]
+    note: str = ""
+
+    def draw(self) -> Chart:
+        """The drawing and its legend."""
+        colours = kind_colours(self.kinds)
+        begins = [i for i, name in enumerate(self.groups) if i == 0 or name != self.groups[i - 1]]
+        svg = charts.bars(
+            self.labels,
+            self.values,
+            title=self.axis,
+            classes=[colours[kind] for kind in self.kinds],
+            marks={index: self.groups[index] for index in begins},
+        )
+        return Chart(Markup(svg), colours, self.note)
+
+
+@dataclass(frozen=True)
+class TablePage:
+    """A table, notes on it, and charts. rows: column → cell; columns of numbers are aligned to the right
+    and sorted by value, whether or not all their cells are there."""
+
+    eyebrow: str
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Mapping[str, Cell]]
+    lead: str = ""
+    notes: Sequence[str] = ()
+    charts: Sequence[BarChart] = field(default=())
+
+    def render(self) -> str:
+        """The page: styles and drawings inline, no reference to any other file."""
+        rows = [{column: row.get(column) for column in self.columns} for row in self.rows]
+        drawn = {chart.heading: chart.draw() for chart in self.charts}
+        template = environment().get_template("table_page.html.j2")
+        return template.render(page=self, rows=rows, numeric=self._numeric(), charts=drawn)
+
+    def _numeric(self) -> set[str]:
+        """The columns that hold no text, and something."""
+        cells = {column: [row.get(column) for row in self.rows] for column in self.columns}
+        return {
+            column
+            for column, values in cells.items()
+            if any(value is not None for value in values)
+            and not any(isinstance(value, str) for value in values)
+        }
+
+
+def kind_colours(kinds: Sequence[str]) -> dict[str, str]:
+    """Kind → CSS class; those beyond the palette share one."""
+    distinct = list(dict.fromkeys(kinds))
+    return {kind: f"k{i}" if i < KIND_COLOURS else "other" for i, kind in enumerate(distinct)}
