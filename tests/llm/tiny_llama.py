@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from ptq_llm.compressed_tensors import CompressedTensors
-from ptqcore import QuantizedTensor, QuantLinear, QuantSpec
+from ptqcore import Exporter, QuantizedTensor, QuantLinear, QuantSpec, Verification
 from ptqcore.observers import MinMax, Observer
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -87,13 +87,19 @@ def quantize(
     return model
 
 
-def export(model: PreTrainedModel, folder: Path) -> None:
-    CompressedTensors().export(model, _task(model), [], folder)
+def export(model: PreTrainedModel, folder: Path, exporter: type[Exporter] = CompressedTensors) -> None:
+    exporter().export(model, _task(model), [], folder)
 
 
-def read_back(model: PreTrainedModel, folder: Path) -> float:
+def verify(
+    model: PreTrainedModel, folder: Path, exporter: type[Exporter] = CompressedTensors
+) -> Verification:
+    return exporter().verify(model, _task(model), [], folder)
+
+
+def read_back(model: PreTrainedModel, folder: Path, exporter: type[Exporter] = CompressedTensors) -> float:
     """The largest difference between the weights in the files and the model's."""
-    return CompressedTensors().verify(model, _task(model), [], folder).largest_difference
+    return verify(model, folder, exporter).largest_difference
 
 
 def _task(model: PreTrainedModel) -> SimpleNamespace:

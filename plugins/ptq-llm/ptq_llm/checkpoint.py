@@ -174,13 +174,6 @@ def float_linears(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
-def output_layer(model: nn.Module) -> nn.Module | None:
-    """The layer that gives the logits, if the model says which it is."""
-    find = getattr(model, "get_output_embeddings", None)
-    output: nn.Module | None = None if find is None else find()
-    return output
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file as transformers does: indented, and text as it is."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -229,7 +222,8 @@ def _quantized_layers(model: nn.Module, export: str) -> dict[str, QuantLinear]:
 def _tied_output(model: nn.Module) -> nn.Module | None:
     """The output layer, if the model's configuration ties it to the embedding."""
     tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
-    return output_layer(model) if tied else None
+    output: nn.Module | None = model.get_output_embeddings() if tied else None  # type: ignore[operator]
+    return output
 
 
 def _not_linear(export: str, name: str) -> ExportError:
