@@ -8,6 +8,9 @@ from ptqcore.version import __version__
 if TYPE_CHECKING:
     from ptqcore import grid as grid
     from ptqcore.artifact import load as load
+    from ptqcore.attachments import Attachment as Attachment
+    from ptqcore.attachments import attach as attach
+    from ptqcore.attachments import attachments_of as attachments_of
     from ptqcore.blocks import Block as Block
     from ptqcore.calibration import Calibration as Calibration
     from ptqcore.dataflow import Dataflow as Dataflow
@@ -20,10 +23,12 @@ if TYPE_CHECKING:
     from ptqcore.errors import RecipeError as RecipeError
     from ptqcore.export.base import Exporter as Exporter
     from ptqcore.files import write_tensors as write_tensors
+    from ptqcore.files import write_text as write_text
     from ptqcore.fingerprint import digest_of as digest_of
     from ptqcore.modules import QuantConv2d as QuantConv2d
     from ptqcore.modules import QuantLinear as QuantLinear
     from ptqcore.modules import QuantModule as QuantModule
+    from ptqcore.modules import weight_rows as weight_rows
     from ptqcore.observers import MSE as MSE
     from ptqcore.observers import MinMax as MinMax
     from ptqcore.observers import MovingAverage as MovingAverage
@@ -33,7 +38,9 @@ if TYPE_CHECKING:
     from ptqcore.packed import QuantizedTensor as QuantizedTensor
     from ptqcore.packed import pack_bits as pack_bits
     from ptqcore.packed import unpack_bits as unpack_bits
+    from ptqcore.plan import find_recipe as find_recipe
     from ptqcore.plugin import Plugin as Plugin
+    from ptqcore.progress import say as say
     from ptqcore.progress import track as track
     from ptqcore.quantizers import FakeQuant as FakeQuant
     from ptqcore.recipe import QuantSection as QuantSection
@@ -41,9 +48,12 @@ if TYPE_CHECKING:
     from ptqcore.recipe import TensorQuant as TensorQuant
     from ptqcore.report.record import EngineRecord as EngineRecord
     from ptqcore.report.record import Verification as Verification
+    from ptqcore.report.table_page import BarChart as BarChart
+    from ptqcore.report.table_page import TablePage as TablePage
     from ptqcore.run import quantize as quantize
     from ptqcore.spec import QuantSpec as QuantSpec
     from ptqcore.statistics import Gram as Gram
+    from ptqcore.step import Chain as Chain
     from ptqcore.step import Context as Context
     from ptqcore.step import Step as Step
     from ptqcore.step import StepOptions as StepOptions
@@ -52,6 +62,12 @@ if TYPE_CHECKING:
     from ptqcore.walk import BlockIO as BlockIO
 
 _HOME = {
+    "Attachment": "attachments",
+    "Chain": "step",
+    "attach": "attachments",
+    "attachments_of": "attachments",
+    "weight_rows": "modules",
+    "say": "progress",
     "load": "artifact",
     "Block": "blocks",
     "BlockIO": "walk",
@@ -88,6 +104,10 @@ _HOME = {
     "Gram": "statistics",
     "digest_of": "fingerprint",
     "write_tensors": "files",
+    "write_text": "files",
+    "find_recipe": "plan",
+    "BarChart": "report.table_page",
+    "TablePage": "report.table_page",
     "Calibration": "calibration",
     "Context": "step",
     "Dataflow": "dataflow",

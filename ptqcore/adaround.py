@@ -1,9 +1,8 @@
 """The step `adaround`: rounding learned layer by layer (Nagel et al., arXiv 2004.10568)."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -37,45 +36,17 @@ class AdaRound(Reconstruct):
     def block(self, block: Block, calibration: Calibration) -> None:
         layers = self.context.targets(block)
         called = dict.fromkeys(call.path for call in self._flow.calls if call.path in layers)
-        outputs = self._record(calibration, called, exact=True, output=True)
+        outputs = calibration.record(called, exact=True, outputs=True)
         generator = self._generator(block)
         for path in called:
-            if self.options.inputs == "quantized":
-                inputs = self._record(calibration, [path], exact=False, output=False)[path]
-            else:
-                inputs = self._record(calibration, [path], exact=True, output=False)[path]
+            inputs = calibration.record([path], exact=self.options.inputs == "full-precision")[path]
             layer = layers[path]
-            rounding = LearnedRounding(weight_rows(layer), self.nearest(path, layer))
+            rounding = LearnedRounding(weight_rows(layer), self.nearest(path, layer, calibration))
             problem = _problem(path, layer, rounding, inputs, outputs.pop(path), self._behind(path))
             problem.at_once = self._at_once(Block(block.model, path), calibration)
             self._reconstruct(problem, self.options.schedule(), generator)
             calibration.losses += problem.history
             self.quantize_layer(block, calibration, path, rounding.hard())
-
-    def _record(
-        self, calibration: Calibration, paths: Iterable[str], exact: bool, output: bool
-    ) -> dict[str, list[Tensor]]:
-        """What flows into, or out of, some layers of the block as it now is, call by call."""
-        found: dict[str, list[Tensor]] = defaultdict(list)
-
-        def hook(path: str) -> Callable[..., None]:
-            def note(_: nn.Module, args: Any, result: Tensor) -> None:
-                found[path].append(calibration.io.store.keep((result if output else args[0]).clone()))
-
-            return note
-
-        io = calibration.io
-        model = io.block.model
-        handles = [model.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
-        functions, io.functions = io.functions, {} if exact else io.functions
-        try:
-            for _ in io.run(exact):
-                pass
-        finally:
-            io.functions = functions
-            for handle in handles:
-                handle.remove()
-        return found
 
     def _behind(self, path: str) -> Op | None:
         """The clipping function that alone reads what the layer at `path` returns."""

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ptqcore import files
+from ptqcore.attachments import AttachmentEntry, FindAttachment, build_attachments, describe_attachments
 from ptqcore.dataflow import Site
 from ptqcore.edges import ActivationQuantizers, quantizers_of
 from ptqcore.errors import ArtifactError
@@ -91,6 +92,7 @@ class Manifest(BaseModel):
     task: str
     layers: dict[str, LayerEntry]
     edges: list[EdgeEntry] = []
+    attachments: list[AttachmentEntry] = []
     folded: dict[str, str] = {}
     tied: dict[str, str]
     sha256: str
@@ -190,6 +192,7 @@ def save(
         task=task,
         layers=describe_layers(model),
         edges=describe_edges(model),
+        attachments=describe_attachments(model),
         folded=folded or {},
         tied=tied,
         sha256=files.digest(folder / MODEL_FILE),
@@ -229,16 +232,25 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def restore(folder: Path, build: Callable[[Manifest], nn.Module]) -> nn.Module:
-    """Build the structure, put in the quantized layers, and load every tensor.
+def restore(
+    folder: Path, build: Callable[[Manifest], nn.Module], find: FindAttachment | None = None
+) -> nn.Module:
+    """Build the structure, put in the quantized layers and attachments, and load every tensor.
+
+    Args:
+        folder: the artifact.
+        build: makes the structure.
+        find: the class of an attachment by its name; by default the installed plugins are asked.
 
     Raises:
         ArtifactError: if the artifact is not whole or does not fit the structure.
+        PluginError: if a plugin whose attachments it has is not installed.
     """
     manifest = read_manifest(folder)
     model = build(manifest)
     _build_folded(model, manifest.folded)
     build_layers(model, manifest.layers)
+    build_attachments(model, manifest.attachments, find or discover().attachment)
     if manifest.edges:
         ActivationQuantizers({entry.edge: entry.spec for entry in manifest.edges}).attach(model)
     try:

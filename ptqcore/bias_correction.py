@@ -28,6 +28,7 @@ class BiasCorrection(Step):
     """
 
     name = "bias-correction"
+    stage = "correct"
     Options: ClassVar[type[StepOptions]] = BiasCorrectionOptions
     options: BiasCorrectionOptions
 

@@ -7,6 +7,7 @@ from functools import cached_property
 
 from torch import nn
 
+from ptqcore.attachments import carry_over
 from ptqcore.dataflow import Dataflow, Op, inside
 from ptqcore.errors import ModelError, nearest
 from ptqcore.modules import QuantModule, quantizable_layers, quantized_class, replace_module
@@ -57,6 +58,7 @@ class Block:
         quantized = kind(layer, weight.spec, input_spec)
         quantized.set_weight(weight)
         quantized.train(layer.training)
+        carry_over(layer, quantized)
         if path == "":
             raise ModelError(
                 "a model that is one bare layer cannot be changed in place: wrap it in a module"

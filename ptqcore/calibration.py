@@ -1,6 +1,7 @@
 """What the calibration samples say about one block: collected in one pass, shared by all steps."""
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -10,6 +11,7 @@ from ptqcore.blocks import Block
 from ptqcore.dataflow import inside, tensors_in
 from ptqcore.edges import ActivationQuantizers
 from ptqcore.grids import Grids
+from ptqcore.modules import weight_rows
 from ptqcore.observers import Observer
 from ptqcore.placement import Edge
 from ptqcore.quantizers import FakeQuant
@@ -18,14 +20,16 @@ from ptqcore.statistics import Gram
 from ptqcore.walk import BlockIO
 
 NewObserver = Callable[[TensorQuant], Observer]
+Range = tuple[Tensor, Tensor]
 
 
 class Calibration:
-    """Inputs, full-precision outputs, and statistics of the layers and edges of one block.
+    """Inputs, full-precision outputs, statistics and weight ranges of the layers and edges of one block.
 
-    Everything is computed at the first use, in one pass of the full-precision block over its inputs
-    from the quantized prefix: ask before the block is changed. Layers that read the same tensor
-    share one Gram. Steps add the losses of what they learn to `losses`, for the report.
+    Statistics are computed at the first use, in one pass of the block as it then is over its inputs
+    from the quantized prefix; a step that changes what flows into layers says so with `changed`.
+    Layers that read the same tensor share one Gram. Steps add the losses of what they learn to
+    `losses`, for the report.
     """
 
     def __init__(
@@ -35,25 +39,30 @@ class Calibration:
         grids: Grids,
         new_observer: NewObserver,
         exact: list[list[Tensor]] | None = None,
+        masks: Sequence[Tensor | None] | None = None,
     ) -> None:
         """Args:
         block: the block, still in full precision.
         io: its inputs.
         grids: the grids of the model's activations.
-        new_observer: makes the observer of a static range.
+        new_observer: makes the observer of a range.
         exact: the block's output tensors in the full-precision model, if a step needs them.
+        masks: of every sample, which positions count (bool, the leading dimensions of what flows).
         """
         self.block = block
         self.io = io
         self.quantizers: dict[Edge, FakeQuant] = {}
         self.losses: list[float] = []
         self._exact = exact
+        self._masks = masks or [None] * len(io)
         self._grids = grids
         self._new_observer = new_observer
+        self._weight_ranges: dict[str, Range] = {}
         self._grams: dict[str, Gram] = {}
         self._observers: dict[str, Observer] = {}
+        self._edges: dict[Edge, Observer] = {}
         self._reached: set[Edge] = set()
-        self._edges = {edge: new_observer(quant) for edge, quant in self.edges.items()}
+        self._current = False
 
     @property
     def exact(self) -> list[list[Tensor]]:
@@ -74,21 +83,115 @@ class Calibration:
 
     @cached_property
     def targets(self) -> list[list[Tensor]]:
-        """The tensors of the full-precision block's output, for every sample."""
+        """The tensors of the full-precision block's output, for every sample: ask before it is changed."""
+        return self._collect()
+
+    def changed(self) -> None:
+        """Statistics of the layers that are still float are to be collected anew at the next use."""
+        _ = self.targets
+        self._current = False
+
+    def gram(self, path: str) -> Gram | None:
+        """The Gram of the inputs of a linear layer; None for other layers, or if it was never called."""
+        self._update()
+        return self._grams.get(path)
+
+    def observer(self, path: str) -> Observer | None:
+        """The observer of a layer's inputs, where static ranges are wanted and the layer was called."""
+        self._update()
+        return self._observers.get(path)
+
+    def weight_range(self, path: str, layer: nn.Module) -> Range:
+        """The range of a float layer's weight: what a step has set, else what the recipe's observer
+        chooses."""
+        if path not in self._weight_ranges:
+            observer = self._new_observer(self._grids.weights(path))
+            observer.update(weight_rows(layer).detach().flatten(1).float())
+            return observer.range()
+        return self._weight_ranges[path]
+
+    def set_weight_range(self, path: str, low: Tensor, high: Tensor) -> None:
+        """Set the range of a layer's weight, in the layout of its grid, for the steps that follow."""
+        self._weight_ranges[path] = (low, high)
+
+    def counted(self, x: Tensor, sample: int) -> Tensor:
+        """The tokens [n, channels] of x [..., channels] that count (no padding), for a sample.
+
+        Where x has another number of tokens than the sample has positions, all of them count.
+        """
+        rows, mask = x.flatten(0, -2), self._masks[sample]
+        return rows[mask.flatten()] if mask is not None and mask.numel() == len(rows) else rows
+
+    def record(
+        self, paths: Iterable[str], exact: bool = False, outputs: bool = False
+    ) -> dict[str, list[Tensor]]:
+        """What flows into, or out of, layers of the block as it now is, call by call over all samples.
+
+        Args:
+            paths: the layers.
+            exact: take the block's inputs from the full-precision model, and round no activations.
+            outputs: record what the layers return, not what they read.
+        """
+        found: dict[str, list[Tensor]] = defaultdict(list)
+
+        def hook(path: str) -> Callable[..., None]:
+            def note(_: nn.Module, args: Any, result: Tensor) -> None:
+                found[path].append(self.io.store.keep((result if outputs else args[0]).clone()))
+
+            return note
+
+        io, model = self.io, self.block.model
+        handles = [model.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
+        functions, io.functions = io.functions, {} if exact else io.functions
+        try:
+            for _ in io.run(exact):
+                pass
+        finally:
+            io.functions = functions
+            for handle in handles:
+                handle.remove()
+        return found
+
+    def quantize_edges(self, quantizers: ActivationQuantizers) -> None:
+        """Give the block's activation quantizers the observed ranges; every later run applies them."""
+        self._update()
+        for edge, observer in self._edges.items():
+            if edge in self._reached:
+                quantizers[edge].set_range(*observer.range())
+                self.quantizers[edge] = quantizers[edge]
+        self.io.functions = {edge: quantizer.forward for edge, quantizer in self.quantizers.items()}
+
+    def _update(self) -> None:
+        _ = self.targets
+        if not self._current:
+            self._collect(keep_outputs=False)
+
+    def _collect(self, keep_outputs: bool = True) -> list[list[Tensor]]:
+        """Run the block on every sample; statistics of its float layers and of its edges."""
         layers = self.block.layers()
+        for known in (self._grams, self._observers):
+            for path in layers:
+                known.pop(path, None)
         latest: dict[str, Any] = {}
         handles = [
             layer.register_forward_pre_hook(self._watch(path, latest)) for path, layer in layers.items()
         ]
-        self.io.functions = {edge: partial(self._observe, edge) for edge in self._edges}
+        functions = self.io.functions
+        if not self.quantizers:
+            self._edges = {edge: self._new_observer(quant) for edge, quant in self.edges.items()}
+            self.io.functions = {edge: partial(self._observe, edge) for edge in self._edges}
         try:
             outputs = []
-            for output in self.io.run():
-                outputs.append([self.io.store.keep(tensor) for tensor in tensors_in(output)])
+            for sample in range(len(self.io)):
+                latest["sample"] = sample
+                result = self.io.run_sample(sample)
+                if keep_outputs:
+                    outputs.append([self.io.store.keep(tensor) for tensor in tensors_in(result)])
                 latest.clear()
+            self._current = True
             return outputs
         finally:
-            self.io.functions = {}
+            self.io.functions = functions
             for handle in handles:
                 handle.remove()
 
@@ -97,25 +200,6 @@ class Calibration:
         self._reached.add(edge)
         return x
 
-    def gram(self, path: str) -> Gram | None:
-        """The Gram of the inputs of a linear layer; None for other layers, or if it was never called."""
-        _ = self.targets
-        return self._grams.get(path)
-
-    def observer(self, path: str) -> Observer | None:
-        """The observer of a layer's inputs, where static ranges are wanted and the layer was called."""
-        _ = self.targets
-        return self._observers.get(path)
-
-    def quantize_edges(self, quantizers: ActivationQuantizers) -> None:
-        """Give the block's activation quantizers the observed ranges; every later run applies them."""
-        _ = self.targets
-        for edge, observer in self._edges.items():
-            if edge in self._reached:
-                quantizers[edge].set_range(*observer.range())
-                self.quantizers[edge] = quantizers[edge]
-        self.io.functions = {edge: quantizer.forward for edge, quantizer in self.quantizers.items()}
-
     def _watch(self, path: str, latest: dict[str, Any]) -> Callable[..., None]:
         quant = self._grids.inputs(path)
 
@@ -123,7 +207,8 @@ class Calibration:
             x = args[0]
             if quant is not None and not quant.dynamic:
                 observer = self._observers.get(path) or self._new_observer(quant)
-                observer.update(x)
+                linear = isinstance(layer, nn.Linear)
+                observer.update(self.counted(x, latest["sample"]) if linear else x)
                 self._observers[path] = observer
             if isinstance(layer, nn.Linear):
                 self._update_gram(path, x, latest)
@@ -138,5 +223,5 @@ class Calibration:
         if gram is None:
             gram = self._grams[path] = Gram(x.shape[-1], x.device)
         if latest.get("tensor") is not x or latest["gram"] is not gram:
-            gram.update(x)
+            gram.update(self.counted(x, latest["sample"]))
         latest.update(tensor=x, gram=gram)

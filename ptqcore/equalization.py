@@ -39,6 +39,7 @@ class Equalize(Step):
     """
 
     name = "equalize"
+    stage = "transform"
     Options: ClassVar[type[StepOptions]] = EqualizeOptions
     options: EqualizeOptions
 

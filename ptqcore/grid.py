@@ -92,13 +92,14 @@ def scale_and_zero_point(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Te
                         half a step at most
         float           scale = max|x| / largest value of the format
 
-    Both have the dtype of the range; half precision is computed in float32.
+    Both have the dtype of the range; half precision is computed in float32. A spec with a scale dtype
+    has scales that dtype can hold.
     """
     dtype = low.dtype
     if dtype in (torch.float16, torch.bfloat16):
         low, high = low.float(), high.float()
     low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = _scale(low, high, spec)
+    scale = _held(_scale(low, high, spec), spec)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale).to(dtype)
     if spec.symmetric:
         return scale, None
@@ -117,6 +118,15 @@ def _scale(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
     if spec.dynamic:
         return largest / (spec.levels / 2)
     return torch.maximum(-low / spec.middle, high / (spec.middle - 1))
+
+
+def _held(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """The scale as the spec's scale dtype holds it, finite where the scale is."""
+    if spec.scale_dtype is None:
+        return scale
+    dtype = getattr(torch, spec.scale_dtype)
+    largest = torch.finfo(dtype).max
+    return scale.clamp(-largest, largest).to(dtype).to(scale.dtype)
 
 
 def _spread(parameter: Tensor, spec: QuantSpec) -> Tensor:

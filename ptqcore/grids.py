@@ -13,14 +13,18 @@ Numbers = tuple[int, ...]
 @dataclass(frozen=True)
 class Grids:
     """edges: the grid of every rounded tensor between functions, in the scope `dataflow`; ends: the
-    first and last layers, which `quant.first_last_bits` is for."""
+    first and last layers, which `quant.first_last_bits` is for; bits: layers to whose weights a step
+    has given another width."""
 
     quant: QuantSection
     ends: frozenset[str] = frozenset()
     edges: Mapping[Edge, TensorQuant] = field(default_factory=dict)
+    bits: dict[str, int] = field(default_factory=dict)
 
     def weights(self, path: str) -> TensorQuant:
         """The grid of the weight of the layer at `path`."""
+        if path in self.bits:
+            return self.quant.weights.model_copy(update={"bits": self.bits[path]})
         return self._at(path in self.ends, self.quant.weights)
 
     def inputs(self, path: str) -> TensorQuant | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ptqcore import files
 from ptqcore.artifact import LayerEntry, build_layers, describe_layers, load_tensors, unique_tensors
+from ptqcore.attachments import AttachmentEntry, FindAttachment, build_attachments, describe_attachments
 from ptqcore.blocks import Block
 from ptqcore.errors import ArtifactError
 from ptqcore.report.record import ActivationRecord, BlockRecord, LayerRecord
@@ -30,18 +31,21 @@ class BlockResult:
 class Journal:
     """Finished blocks of one run, under a fingerprint of everything that decides the result."""
 
-    def __init__(self, folder: Path, fingerprint: dict[str, str], resume: bool) -> None:
+    def __init__(
+        self, folder: Path, fingerprint: dict[str, str], resume: bool, find: FindAttachment
+    ) -> None:
         """Open the journal; without `resume`, or if there is none, start an empty one.
 
         Args:
             folder: where it lies.
             fingerprint: name → digest of recipe, model, samples and versions.
             resume: whether to go on where an earlier run stopped.
+            find: the class of an attachment, by its name.
 
         Raises:
             ArtifactError: if the earlier run was another one; the message names what differs.
         """
-        self._folder = folder
+        self._folder, self._find = folder, find
         header = folder / "journal.json"
         if resume and header.is_file():
             self._require_same(header, fingerprint)
@@ -73,6 +77,7 @@ class Journal:
         tensors, tied = unique_tensors(block.module)
         ranges = {f"{_RANGE}{name}": tensor for name, tensor in ranges.items()}
         files.write_tensors(self._tensors(index), tensors | ranges)
+        attached = describe_attachments(block.module, block.path)
         entry = {
             "path": block.path,
             "sha256": files.digest(self._tensors(index)),
@@ -81,42 +86,72 @@ class Journal:
                 path: layer.model_dump()
                 for path, layer in describe_layers(block.module, block.path).items()
             },
+            "attachments": [one.model_dump() for one in attached],
             "result": asdict(result),
         }
         files.write_json(self._entry(index), entry)
 
-    def restore(self, index: int, block: Block) -> tuple[BlockResult, dict[str, Tensor]] | None:
-        """Put a finished block back into the model; None if it was not finished, or is damaged.
+    def has(self, index: int, block: Block) -> bool:
+        """Whether this block was finished, and its files are whole."""
+        return self._read(index, block) is not None
+
+    def restore(self, index: int, block: Block) -> tuple[BlockResult, dict[str, Tensor]]:
+        """Put a finished block back into the model.
 
         Returns:
             What was saved: its figures, and the ranges of its activation quantizers.
+
+        Raises:
+            ArtifactError: if the block is not in the journal.
         """
+        saved = self._read(index, block)
+        if saved is None:
+            raise ArtifactError(f"the journal in {self._folder} lacks block {block.path!r}")
+        build_layers(block.model, saved.layers)
+        build_attachments(block.model, saved.attachments, self._find)
+        tensors = {name: value for name, value in saved.tensors.items() if not name.startswith(_RANGE)}
+        load_tensors(block.module, tensors, saved.tied)
+        block.module.requires_grad_(False)
+        names = saved.tensors.keys() - tensors.keys()
+        return saved.result, {name[len(_RANGE) :]: saved.tensors[name] for name in names}
+
+    def _read(self, index: int, block: Block) -> "_Saved | None":
+        """What is on disk for a block; None if it was not finished, or is damaged."""
         try:
             entry: dict[str, Any] = json.loads(self._entry(index).read_text(encoding="utf-8"))
             if entry["path"] != block.path or files.digest(self._tensors(index)) != entry["sha256"]:
                 return None
-            stored, tied = load_file(self._tensors(index)), dict(entry["tied"])
-            tensors = {name: value for name, value in stored.items() if not name.startswith(_RANGE)}
-            ranges = {name[len(_RANGE) :]: stored[name] for name in stored.keys() - tensors.keys()}
-            layers = {path: LayerEntry.model_validate(layer) for path, layer in entry["quantized"].items()}
             figures = entry["result"]
-            result = BlockResult(
-                BlockRecord(**_tuples(figures["block"])),
-                [LayerRecord(**_tuples(layer)) for layer in figures["layers"]],
-                [ActivationRecord(**_tuples(one)) for one in figures["activations"]],
+            return _Saved(
+                tensors=load_file(self._tensors(index)),
+                tied=dict(entry["tied"]),
+                layers={
+                    path: LayerEntry.model_validate(layer) for path, layer in entry["quantized"].items()
+                },
+                attachments=[AttachmentEntry.model_validate(one) for one in entry["attachments"]],
+                result=BlockResult(
+                    BlockRecord(**_tuples(figures["block"])),
+                    [LayerRecord(**_tuples(layer)) for layer in figures["layers"]],
+                    [ActivationRecord(**_tuples(one)) for one in figures["activations"]],
+                ),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
             return None
-        build_layers(block.model, layers)
-        load_tensors(block.module, tensors, tied)
-        block.module.requires_grad_(False)
-        return result, ranges
 
     def _tensors(self, index: int) -> Path:
         return self._folder / f"block-{index:04d}.safetensors"
 
     def _entry(self, index: int) -> Path:
         return self._folder / f"block-{index:04d}.json"
+
+
+@dataclass(frozen=True)
+class _Saved:
+    tensors: dict[str, Tensor]
+    tied: dict[str, str]
+    layers: dict[str, LayerEntry]
+    attachments: list[AttachmentEntry]
+    result: BlockResult
 
 
 def _tuples(data: dict[str, Any]) -> Any:

@@ -59,6 +59,7 @@ class Reconstruct(Step):
     Options = ReconstructOptions
     options: ReconstructOptions
     needs_exact = True
+    stage = "quantize"
     loss: ClassVar[Loss] = staticmethod(mean_squared_error)
 
     def prepare(self, model: nn.Module, flow: Dataflow, run: Callable[[], object]) -> None:
@@ -72,7 +73,7 @@ class Reconstruct(Step):
 
     def block(self, block: Block, calibration: Calibration) -> None:
         roundings = {
-            path: LearnedRounding(weight_rows(layer), self.nearest(path, layer))
+            path: LearnedRounding(weight_rows(layer), self.nearest(path, layer, calibration))
             for path, layer in self.context.targets(block).items()
         }
         quantizers = calibration.quantizers | self._input_quantizers(roundings, calibration)
@@ -98,10 +99,10 @@ class Reconstruct(Step):
             learned.finish()
         self._finish(block, calibration, roundings, quantizers)
 
-    def nearest(self, path: str, layer: nn.Module) -> QuantizedTensor:
+    def nearest(self, path: str, layer: nn.Module, calibration: Calibration) -> QuantizedTensor:
         """The weight rounded to nearest: its grid is kept, and learning starts there."""
         spec = self.context.grids.weights(path).spec
-        return QuantizedTensor.from_range(weight_rows(layer), *self.weight_range(path, layer), spec)
+        return QuantizedTensor.from_range(weight_rows(layer), *calibration.weight_range(path, layer), spec)
 
     def _reconstruct(self, problem: Problem, schedule: Schedule, generator: torch.Generator) -> None:
         try:

@@ -90,7 +90,7 @@ class QuantModule(nn.Module, ABC):
         self.register_buffer("input_scale", None)
         self.register_buffer("output_scale", None)
         self.computes_in_codes = True
-        self.has_new_bias = False
+        self.has_new_bias: bool = getattr(layer, "has_new_bias", False)
         self._dequantized: Tensor | None = None
         self._whole: Tensor | None = None
 

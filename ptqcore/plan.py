@@ -1,18 +1,27 @@
 """From a recipe to objects: everything named is found and validated before anything is computed."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from pydantic import BaseModel
 
 from ptqcore.errors import PluginError, RecipeError
 from ptqcore.export.base import Exporter
 from ptqcore.observers import Observer
-from ptqcore.plugin import CORE, Registry
-from ptqcore.recipe import Entry, Recipe, TensorQuant, validate
-from ptqcore.step import Context, Step, StepOptions
+from ptqcore.plugin import CORE, Registry, discover
+from ptqcore.recipe import Entry, Recipe, TensorQuant, read_recipe, validate
+from ptqcore.step import Context, Stage, Step, StepOptions
 from ptqcore.task import Task, TaskOptions
+
+_DOES = {
+    "transform": "changes weights in full precision",
+    "range": "chooses the ranges of weights",
+    "quantize": "quantizes the weights",
+    "correct": "corrects what quantization did",
+}
 
 
 @dataclass(frozen=True)
@@ -77,9 +86,51 @@ def make_plan(recipe: Recipe, plugin: str, registry: Registry) -> Plan:
     for key in ("weights", "activations"):
         if (quant := getattr(recipe.quant, key)) is not None:
             make_observer(registry, plugin, quant, f"quant.{key}.observer")
+    _check_order([step_class for step_class, _ in steps])
     exporters = [_exporter(registry, plugin, entry, recipe) for entry in recipe.export]
     owner = registry.owner("tasks", recipe.task.kind, plugin)
     return Plan(recipe, plugin, task_class, owner, task_options, steps, exporters, registry)
+
+
+def _check_order(steps: list[type[Step]]) -> None:
+    """Refuse steps in an order that makes no sense.
+
+    Raises:
+        RecipeError: naming the two steps.
+    """
+    staged = [step for step in steps if step.stage is not None]
+    order = get_args(Stage)
+    for before, after in pairwise(staged):
+        places = order.index(before.stage), order.index(after.stage)
+        if places[0] > places[1]:
+            raise RecipeError(
+                f"recipe key 'steps': {after.name} ({_DOES[order[places[1]]]}) behind {before.name} "
+                f"({_DOES[order[places[0]]]}) makes no sense: put it before"
+            )
+        if before.stage == after.stage == "quantize":
+            raise RecipeError(
+                f"recipe key 'steps': {before.name} and {after.name} both quantize the weights: keep one"
+            )
+    if staged and len(staged) == len(steps) and all(step.stage != "quantize" for step in staged):
+        raise RecipeError(
+            "recipe key 'steps': no step quantizes the weights: add one that does, for example round"
+        )
+
+
+def find_recipe(name: str | None, plugin: str, overrides: Iterable[str] = ()) -> Recipe:
+    """A recipe as it would run: overrides applied, every default written out, every name checked.
+
+    Args:
+        name: one of the plugin's recipes, or a YAML file; None for its default.
+        plugin: an installed plugin, whose names come first.
+        overrides: `KEY=VALUE` each.
+
+    Raises:
+        PtqError: if there is no such recipe or plugin, or a key, a value or a name is wrong.
+    """
+    registry = discover()
+    recipe = read_recipe(registry.recipe_file(name, plugin), overrides)
+    return make_plan(recipe, plugin, registry).resolved
 
 
 def make_observer(registry: Registry, plugin: str, quant: TensorQuant, place: str = "observer") -> Observer:

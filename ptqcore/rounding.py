@@ -11,9 +11,12 @@ class Round(Step):
     """Rounding to nearest: the weights from their observer's range, static inputs from calibration."""
 
     name = "round"
+    stage = "quantize"
 
     def block(self, block: Block, calibration: Calibration) -> None:
         for path, layer in self.context.targets(block).items():
             spec = self.context.grids.weights(path).spec
-            rounded = QuantizedTensor.from_range(weight_rows(layer), *self.weight_range(path, layer), spec)
+            rounded = QuantizedTensor.from_range(
+                weight_rows(layer), *calibration.weight_range(path, layer), spec
+            )
             self.quantize_layer(block, calibration, path, rounded)

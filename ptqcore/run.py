@@ -29,6 +29,7 @@ from ptqcore.progress import track
 from ptqcore.recipe import Recipe
 from ptqcore.report.page import render
 from ptqcore.report.record import BlockRecord, ExportRecord, RunRecord
+from ptqcore.spans import SpanWalk
 from ptqcore.step import Step
 from ptqcore.store import Store, half_of_memory
 from ptqcore.task import Task
@@ -97,6 +98,7 @@ class _Run:
 
     def __init__(self, plan: Plan, output: Path, work: Path, resume: bool) -> None:
         self.plan, self.output, self.work, self.resume = plan, output, work, resume
+        self._masks: list[Tensor | None] = []
         self.meter = Meter()
         self.task: Task = plan.task(files.folder(work / "task"))
         recipe = plan.recipe
@@ -137,28 +139,21 @@ class _Run:
         """Hand every block to every step, in order; what an earlier run finished is taken from disk."""
         model, context, samples = self.prepared.model, self.prepared.context, self.prepared.samples
         marks = fingerprint(self.record.recipe_yaml, self.record.versions, model, samples)
-        journal = Journal(self.work, marks, self.resume)
+        journal = Journal(self.work, marks, self.resume, self.plan.registry.attachment)
         steps = self.plan.steps(context)
-        for step in steps:
-            step.prepare(model, self.prepared.flow, partial(self.task.forward, model, samples[0]))
+        with self.phase("prepare"):
+            for step in steps:
+                step.prepare(model, self.prepared.flow, partial(self.task.forward, model, samples[0]))
+        self._check_exports(steps)
         quantizers = ActivationQuantizers({edge: q.spec for edge, q in context.grids.edges.items()})
         with self.phase("capture"):
             walk = self._start_walk(quantizers, any(step.needs_exact for step in steps))
-        for index, io in enumerate(track(walk, "quantizing blocks", len(walk.blocks))):
-            exact = io.run_tensors(exact=True) if walk.exact else None
-            finished = journal.restore(index, io.block)
-            if finished is None:
-                result, outputs = self._quantize_block(io, steps, quantizers, exact)
-                journal.save(index, io.block, result, quantizers.inside(io.block.path))
-            else:
-                result, ranges = finished
-                quantizers.load_state_dict(ranges, strict=False)
-                io.functions = quantizers.functions()
-                outputs = io.run_tensors()
+        self._masks = [self.task.mask(sample) for sample in samples]
+        spans = SpanWalk(walk, steps, journal, quantizers, self._quantize_block)
+        for result in track(spans, "quantizing blocks"):
             self.record.blocks.append(result.block)
             self.record.layers.extend(result.layers)
             self.record.activations.extend(result.activations)
-            walk.advance(outputs, exact)
         self.record.phases["quantize blocks"] = sum(block.seconds for block in self.record.blocks)
         for step in steps:
             step.finish(model)
@@ -172,6 +167,20 @@ class _Run:
             }
             round_biases(layers, self.prepared.flow, quantizers)
             quantizers.attach(model)
+
+    def _check_exports(self, steps: list[Step]) -> None:
+        """Refuse formats that cannot hold what the steps will attach.
+
+        Raises:
+            ExportError: naming the format and the step.
+        """
+        for step in steps:
+            for exporter in self.plan.exporters:
+                if step.attaches and not exporter.holds_attachments:
+                    raise ExportError(
+                        f"export {exporter.name} cannot hold what the step {step.name} attaches to the "
+                        f"model ({step.attaches}): remove the export, or that option of the step"
+                    )
 
     def _start_walk(self, quantizers: ActivationQuantizers, exact: bool) -> Walk:
         """Record what flows between the blocks; edges between them are calibrated on the way."""
@@ -206,8 +215,12 @@ class _Run:
         block = io.block
         originals = block.layers()
         with self.meter.measure() as measurement:
-            calibration = Calibration(block, io, self.prepared.context.grids, self.plan.observer, exact)
+            calibration = Calibration(
+                block, io, self.prepared.context.grids, self.plan.observer, exact, self._masks
+            )
             targets = calibration.targets
+            for step in steps:
+                step.transform(block, calibration)
             for step in steps:
                 step.before(block, calibration)
             calibration.quantize_edges(quantizers)
@@ -252,7 +265,8 @@ class _Run:
         folded = dict(self.prepared.folding.folded)
         artifact.save(model, staging, self.plan.task_owner, self.task.name, __version__, folded)
         self.record.size_bytes["after"] = (staging / artifact.MODEL_FILE).stat().st_size
-        restored = artifact.restore(staging, lambda _: self.task.build(assets))
+        find = self.plan.registry.attachment
+        restored = artifact.restore(staging, lambda _: self.task.build(assets), find)
         sample = self.prepared.samples[0]
         with torch.no_grad():
             expected = tensors_in(self.task.forward(model, sample))

@@ -23,6 +23,9 @@ class QuantSpec(BaseModel):
     A symmetric integer grid has one step more below zero than above. `signed_scale` lets each scale
     be negative, which turns that step to the side of the largest value: finer steps for weights at
     4 bits and below. Some engines (TensorRT) refuse negative scales.
+
+    `scale_dtype` rounds scales to what a file format keeps (GPTQ, AWQ and GGUF: float16), before codes
+    are found for them; the tensors that hold them keep the model's dtype.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,6 +37,7 @@ class QuantSpec(BaseModel):
     group_size: int | None = Field(default=None, ge=1)
     dynamic: bool = False
     signed_scale: bool = False
+    scale_dtype: Literal["float16", "bfloat16"] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -76,4 +80,5 @@ class QuantSpec(BaseModel):
         scope = f"group {self.group_size}" if self.granularity == "group" else self.granularity
         sign = "" if self.symmetric else " asymmetric"
         sign += " signed scale" if self.signed_scale else ""
+        sign += f" {self.scale_dtype} scale" if self.scale_dtype else ""
         return f"{number}{sign} per {scope}{' dynamic' if self.dynamic else ''}"

@@ -1,9 +1,9 @@
 """The verb of a recipe: what a method does to a model, block by block."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -13,10 +13,27 @@ from ptqcore.calibration import Calibration
 from ptqcore.dataflow import Dataflow
 from ptqcore.errors import ModelError
 from ptqcore.grids import Grids
-from ptqcore.modules import QuantModule, weight_rows
+from ptqcore.modules import QuantModule
 from ptqcore.observers import Observer
 from ptqcore.packed import QuantizedTensor
 from ptqcore.recipe import QuantSection, TensorQuant
+
+Stage = Literal["transform", "range", "quantize", "correct"]
+"""What a step does, in the order in which recipes may name steps: change weights so that the function
+stays, choose the ranges of weights, quantize, correct what quantization did."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Several blocks in a row, as one function of a calibration sample's number.
+
+    run: the tensors behind the last block, from the quantized inputs of the first. exact: the same in
+    the full-precision model. samples: how many there are.
+    """
+
+    samples: int
+    run: Callable[[int], list[Tensor]]
+    exact: list[list[Tensor]]
 
 
 class StepOptions(BaseModel):
@@ -67,18 +84,18 @@ class Step:
 
     name: ClassVar[str]
     Options: ClassVar[type[StepOptions]] = StepOptions
+    stage: ClassVar[Stage | None] = None
+    """What the step does, by which recipes are checked; None for steps that go anywhere."""
     needs_exact: bool = False
     """Whether `block` reads the inputs from the full-precision model, `calibration.io.run(exact=True)`."""
+    attaches: str = ""
+    """What the step, as `prepare` left it, will attach to modules: exports must be able to hold that."""
+    span: int = 1
+    """How many blocks in a row the step reconstructs together, in `finish_span`."""
 
     def __init__(self, options: StepOptions, context: Context) -> None:
         self.options = options
         self.context = context
-
-    def weight_range(self, path: str, layer: nn.Module) -> tuple[Tensor, Tensor]:
-        """The range that the recipe's observer chooses for the weight of a float layer."""
-        observer = self.context.observer(self.context.grids.weights(path))
-        observer.update(weight_rows(layer).detach().flatten(1).float())
-        return observer.range()
 
     def quantize_layer(
         self, block: Block, calibration: Calibration, path: str, weight: QuantizedTensor
@@ -112,11 +129,29 @@ class Step:
             run: that pass again, of the model as it now is; returns its output.
         """
 
+    def transform(self, block: Block, calibration: Calibration) -> None:
+        """Called for every block first: may change weights so that the block's function stays the same.
+
+        Afterwards `calibration.changed()` must be called if what flows into layers is another.
+        """
+
     def before(self, block: Block, calibration: Calibration) -> None:
-        """Called for every block before any step changes it, and before its activations are rounded."""
+        """Called for every block before its activations are rounded and its weights quantized."""
 
     def block(self, block: Block, calibration: Calibration) -> None:
         """Called for every block in order; `calibration` holds its inputs and their statistics."""
+
+    def finish_span(self, blocks: Sequence[Block], chain: Chain) -> list[float]:
+        """Called behind every `span` blocks (the last span may be shorter), all of them quantized.
+
+        Args:
+            blocks: the blocks.
+            chain: the blocks as one function.
+
+        Returns:
+            The losses of what was learned, for the report.
+        """
+        return []
 
     def finish(self, model: nn.Module) -> None:
         """Called once after the walk."""

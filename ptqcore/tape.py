@@ -45,9 +45,16 @@ class Tape:
     flowing: dict[int, Tensor] = field(default_factory=dict)
     exact: dict[int, Tensor] = field(default_factory=dict)
 
-    def arguments(self, node: Node, exact: bool = False, copy: bool = False) -> Any:
-        """Args and kwargs of a node; `exact` takes the full-precision stream."""
-        stream = self.exact if exact else self.flowing
+    def arguments(
+        self,
+        node: Node,
+        exact: bool = False,
+        copy: bool = False,
+        stream: Mapping[int, Tensor] | None = None,
+    ) -> Any:
+        """Args and kwargs of a node; `exact` takes the full-precision stream, `stream` any other."""
+        if stream is None:
+            stream = self.exact if exact else self.flowing
         leaves = [stream[leaf.number] if isinstance(leaf, Reference) else leaf for leaf in node.leaves]
         if copy:
             leaves = [

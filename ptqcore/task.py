@@ -1,12 +1,12 @@
 """A task: a model, the samples that calibrate it, and the figures by which it is judged."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
-from torch import nn
+from torch import Tensor, nn
 
 
 class TaskOptions(BaseModel):
@@ -24,6 +24,10 @@ class Task(ABC):
 
     name: ClassVar[str]
     Options: ClassVar[type[TaskOptions]] = TaskOptions
+    open_dimensions: ClassVar[Mapping[str, Mapping[int, str]]] = {}
+    """Input → dimensions that may have any size, beside the batch → names of these sizes, for exports."""
+    class_dimension: ClassVar[int] = 1
+    """The dimension of an output along which the largest number is the model's choice."""
 
     def __init__(self, options: TaskOptions, seed: int, workspace: Path) -> None:
         """Args:
@@ -70,6 +74,13 @@ class Task(ABC):
         if isinstance(sample, dict):
             return model(**sample)
         return model(*sample) if isinstance(sample, tuple) else model(sample)
+
+    def mask(self, sample: Any) -> Tensor | None:
+        """Which positions of a calibration sample count (bool [batch, positions]); None for all.
+
+        Padding must not, wherever it flows through layers with the sample's leading dimensions.
+        """
+        return None
 
     def excluded(self, model: nn.Module) -> dict[str, str]:
         """Layers that stay in full precision by default: path → reason for the report."""

@@ -51,11 +51,15 @@ class BlockIO:
         Args:
             exact: take the inputs from the full-precision model, not from the quantized prefix.
         """
-        for tape, node in zip(self.tapes, self.nodes, strict=True):
-            args, kwargs = tape.arguments(node, exact, copy=True)
-            with torch.no_grad(), edges.applying(self.block.module, self.block.path, self.functions):
-                output = self.block.module(*args, **kwargs)
-            yield output
+        for sample in range(len(self)):
+            yield self.run_sample(sample, exact)
+
+    @torch.no_grad()
+    def run_sample(self, sample: int, exact: bool = False) -> Any:
+        """The output of the block as it now is for one sample, without gradients."""
+        args, kwargs = self.tapes[sample].arguments(self.nodes[sample], exact, copy=True)
+        with edges.applying(self.block.module, self.block.path, self.functions):
+            return self.block.module(*args, **kwargs)
 
     def run_tensors(self, exact: bool = False) -> list[list[Tensor]]:
         """Outputs of the block as it now is: the tensors of every sample's output."""
@@ -157,14 +161,43 @@ class Walk:
         self._between: Mapping[Site, list[tuple[Edge, Calibrate]]] = edges.by_site(between)  # type: ignore[arg-type, assignment]
         self._tapes = self._capture_all(samples, forward, between)
         self._check()
-        self._position = 0
+        self._position = self._done = 0
+        self._held: tuple[int, int] | None = None
 
     def __iter__(self) -> Iterator[BlockIO]:
         """The inputs of each block in turn; the caller must `advance` with the block's outputs."""
-        for block in self.blocks:
+        while self._done < len(self.blocks):
             self._run_between()
             nodes = [tape.nodes[self._position] for tape in self._tapes]
-            yield BlockIO(block, self._tapes, nodes, self._store)
+            yield BlockIO(self.blocks[self._done], self._tapes, nodes, self._store)
+
+    def hold(self) -> None:
+        """Keep what flows from here on, so that the walk can come back: `chain` and `rewind`."""
+        self._held = (self._position, self._done)
+
+    def rewind(self) -> None:
+        """Go back to where the walk was held, and hold no longer: the blocks are walked again."""
+        assert self._held is not None
+        (self._position, self._done), self._held = self._held, None
+
+    def chain(self, sample: int) -> list[Tensor]:
+        """What flows out of the last block walked, computed from where the walk is held with the blocks
+        as they now are, with gradients where they are enabled."""
+        assert self._held is not None
+        tape = self._tapes[sample]
+        stream = dict(tape.flowing)
+        outputs: list[Tensor] = []
+        for node in tape.nodes[self._held[0] : self._position]:
+            args, kwargs = tape.arguments(node, copy=True, stream=stream)
+            function = node.function or self.blocks[self._block_at(tape, node)].module
+            outputs = tensors_in(function(*args, **kwargs))
+            stream.update(zip(node.outputs, outputs, strict=True))
+        return outputs
+
+    def _block_at(self, tape: Tape, node: Node) -> int:
+        """Which block a node of a tape calls."""
+        called = [other for other in tape.nodes if other.function is None]
+        return next(index for index, other in enumerate(called) if other is node)
 
     def advance(self, outputs: list[list[Tensor]], exact: list[list[Tensor]] | None = None) -> None:
         """Set what the block just walked returns for every sample: quantized, and in full precision."""
@@ -173,8 +206,13 @@ class Walk:
             tape.flowing.update(zip(numbers, outputs[index], strict=True))
             if exact is not None:
                 tape.exact.update(zip(numbers, exact[index], strict=True))
-            tape.forget(self._position + 1)
+            self._forget(tape)
         self._position += 1
+        self._done += 1
+
+    def _forget(self, tape: Tape) -> None:
+        """Drop what is not read any more behind this position, nor when the walk comes back."""
+        tape.forget((self._position + 1) if self._held is None else self._held[0])
 
     def _run_between(self) -> None:
         """Compute everything up to the next block, for all samples."""
@@ -190,7 +228,7 @@ class Walk:
                     with torch.no_grad():
                         exact = node.function(*args, **kwargs)  # type: ignore[misc]
                     tape.exact.update(zip(node.outputs, tensors_in(exact), strict=True))
-                tape.forget(self._position + 1)
+                self._forget(tape)
             self._position += 1
 
     def _call(self, nodes: list[Node], given: list[Any]) -> list[Any]:

@@ -16,6 +16,8 @@ class Exporter(ABC):
     """Writes a quantized model to the files of one format. Subclasses set `name`."""
 
     name: ClassVar[str]
+    holds_attachments: ClassVar[bool] = False
+    """Whether the format can hold functions that steps attach to modules (`ptqcore.Attachment`)."""
 
     @abstractmethod
     def check(self, quant: QuantSection) -> None:

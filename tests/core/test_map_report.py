@@ -13,6 +13,7 @@ from ptqcore.dataflow import Site
 from ptqcore.journal import BlockResult, Journal
 from ptqcore.packed import QuantizedTensor
 from ptqcore.placement import Edge
+from ptqcore.plugin import discover
 from ptqcore.quantizers import FakeQuant
 from ptqcore.report.block_chart import describe, lane_of, layer_class
 from ptqcore.report.line_chart import line
@@ -262,9 +263,9 @@ def test_the_journal_keeps_losses_activations_and_new_biases(tmp_path):
     quantized.ensure_bias().data += 2.0
     activation = ActivationRecord("0:add", "0", "int8 per tensor", (-1.0, 1.0), 0.01, None)
     result = BlockResult(BlockRecord("0", 0.1, 1.0, 10, (2.0, 1.0)), [], [activation])
-    Journal(tmp_path, {}, resume=False).save(0, first, result, {})
+    Journal(tmp_path, {}, False, discover().attachment).save(0, first, result, {})
     second = Block(model(), "0")
-    restored = Journal(tmp_path, {}, resume=True).restore(0, second)
+    restored = Journal(tmp_path, {}, True, discover().attachment).restore(0, second)
     assert restored is not None
     assert restored[0] == result
     assert torch.equal(second.module(torch.ones(1, 4)), first.module(torch.ones(1, 4)))

@@ -61,10 +61,12 @@ def last_block_outputs(model, block, samples, functions=None):
 
 
 def assert_equal(left, right):
+    """Equal but for the order of sums: views of a tensor are replayed as copies, which other kernels read."""
     assert len(left) == len(right)
     for ours, theirs in zip(left, right, strict=True):
         assert len(ours) == len(theirs)
-        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", STACKS)

@@ -32,7 +32,8 @@ class ErrorFeedbackRound(Step):
 
     def _quantize(self, block: Block, calibration: Calibration, path: str, layer: nn.Module) -> None:
         weight, spec = layer.get_parameter("weight"), self.context.quant.weights.spec
-        rounded = round_with_feedback(weight, self.weight_range(path, layer), spec, self.options.strength)
+        value_range = calibration.weight_range(path, layer)
+        rounded = round_with_feedback(weight, value_range, spec, self.options.strength)
         self.quantize_layer(block, calibration, path, rounded)
 
 
