@@ -1,10 +1,12 @@
 """What the run did to every layer and block, in figures, and whether it did all that was asked."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import pairwise
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,10 +100,35 @@ def check_targets(model: nn.Module, quant: QuantSection, excluded: dict[str, str
     return targets
 
 
-def never_called(model: nn.Module, flow: Dataflow) -> dict[str, str]:
-    """Layers that a forward pass does not use, and that cannot be calibrated therefore: path → reason."""
-    reason = "not used by the forward pass on a calibration sample"
-    return {path: reason for path in quantizable_layers(model) if not flow.called(path)}
+def never_called(
+    model: nn.Module, flow: Dataflow, others: Iterable[Callable[[], object]] = ()
+) -> dict[str, str]:
+    """Layers that no calibration sample reaches, and that cannot be calibrated therefore: path → reason.
+
+    Args:
+        model: the model.
+        flow: one traced forward pass of it, on the first sample.
+        others: its passes on the other samples; where the data choose the way (mixtures of experts),
+            those may reach more. They are made one by one, as long as a layer is missing.
+    """
+    missing = {path: layer for path, layer in quantizable_layers(model).items() if not flow.called(path)}
+    handles = [
+        layer.register_forward_pre_hook(partial(_reached, missing, path)) for path, layer in missing.items()
+    ]
+    try:
+        with torch.no_grad():
+            for run in others:
+                if not missing:
+                    break
+                run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return dict.fromkeys(missing, "not used by the forward pass on any calibration sample")
+
+
+def _reached(missing: dict[str, nn.Module], path: str, *_: Any) -> None:
+    missing.pop(path, None)
 
 
 def check_done(blocks: Iterable[Block], context: Context) -> None:

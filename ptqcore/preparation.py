@@ -56,7 +56,8 @@ def prepare(plan: Plan, task: Task, model: nn.Module, samples: Sequence[Any]) ->
     """
     recipe = plan.recipe
     flow, folding = _trace(model, partial(task.forward, model, samples[0]))
-    excluded = audit.never_called(model, flow) | task.excluded(model)
+    others = (partial(task.forward, model, samples[index]) for index in range(1, len(samples)))
+    excluded = audit.never_called(model, flow, others) | task.excluded(model)
     targets = audit.check_targets(model, recipe.quant, excluded)
     blocks = find_blocks(model, flow, set(targets), recipe.blocks)
     targets = {

@@ -118,7 +118,7 @@ def test_kl_divergence_is_of_the_reference_to_the_model_not_the_other_way_round(
 
 
 def test_top1_agreement_is_the_share_of_equal_most_likely_tokens(model):
-    windows, other = random_windows(), perturbed(0.1)
+    windows, other = random_windows(), perturbed(0.05)
     judge = Judge(windows)
     judge.measure(model, "before")
     found = judge.measure(other, "after")["top1_agreement"]

@@ -4,49 +4,14 @@ import random
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
+from zoo import END, POSITIONS, VOCABULARY, build
 
-VOCABULARY = 257  # the 256 bytes, and the end-of-text token
-END = 256
-POSITIONS = 256
+__all__ = ["END", "POSITIONS", "VOCABULARY", "build"]
 
-_SHAPE = {
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "intermediate_size": 128,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": POSITIONS,
-    "initializer_range": 0.16,  # the output of a layer is as large as its input: logits of a few units
-    "bos_token_id": END,
-    "eos_token_id": END,
-    "pad_token_id": END,
-}
-_ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
-
-# model type → what its configuration has beside the common shape
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"sliding_window": 8},
-    "qwen2": {"layer_types": _ALTERNATING, "use_sliding_window": True, "sliding_window": 8},
-    "qwen3": {"tie_word_embeddings": True},
-    "gemma2": {"layer_types": _ALTERNATING, "sliding_window": 8, "query_pre_attn_scalar": 16},
-    "gemma3_text": {"layer_types": _ALTERNATING, "sliding_window": 8, "query_pre_attn_scalar": 16},
-    "phi3": {},
-    "olmo2": {},
-}
-
-
-def build(architecture: str = "llama", **changes: Any) -> PreTrainedModel:
-    """The model; the same arguments give the same weights."""
-    config = AutoConfig.for_model(architecture, **(_SHAPE | ARCHITECTURES[architecture] | changes))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+# Names in the zoo whose whole way from folder to export is tested.
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

