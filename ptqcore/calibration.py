@@ -92,12 +92,12 @@ class Calibration:
         self._current = False
 
     def gram(self, path: str) -> Gram | None:
-        """The Gram of the inputs of a linear layer; None for other layers, or if it was never called."""
+        """The Gram of the inputs of a linear layer; None for other layers, or if no token reached it."""
         self._update()
         return self._grams.get(path)
 
     def observer(self, path: str) -> Observer | None:
-        """The observer of a layer's inputs, where static ranges are wanted and the layer was called."""
+        """The observer of a layer's inputs, where static ranges are wanted and something reached it."""
         self._update()
         return self._observers.get(path)
 
@@ -196,8 +196,9 @@ class Calibration:
                 handle.remove()
 
     def _observe(self, edge: Edge, x: Tensor) -> Tensor:
-        self._edges[edge].update(x)
-        self._reached.add(edge)
+        if x.numel():  # experts are called on no tokens too
+            self._edges[edge].update(x)
+            self._reached.add(edge)
         return x
 
     def _watch(self, path: str, latest: dict[str, Any]) -> Callable[..., None]:
@@ -205,6 +206,8 @@ class Calibration:
 
         def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0]
+            if not x.numel():
+                return
             if quant is not None and not quant.dynamic:
                 observer = self._observers.get(path) or self._new_observer(quant)
                 linear = isinstance(layer, nn.Linear)

@@ -300,7 +300,9 @@ def test_experts_that_no_token_reaches_are_rounded_all_the_same(tmp_path):
     chosen = recipe(folder, tmp_path, calibration_window=4, calibration_samples=1)
     record = ptqcore.quantize(chosen, "llm", tmp_path / "out")
     assert len(record.layers) == 3 * (4 + 2 * 32)
-    assert all(layer.relative_error >= 0 for layer in record.layers)
+    unreached = [layer.path for layer in record.layers if layer.relative_error is None]
+    assert 0 < len(unreached) < len(record.layers)
+    assert all(".experts." in path for path in unreached)
 
 
 def test_dynamic_activations_of_experts_that_no_token_reaches(tmp_path):
@@ -310,4 +312,22 @@ def test_dynamic_activations_of_experts_that_no_token_reaches(tmp_path):
         folder, tmp_path, {"activations": per_token}, calibration_window=2, calibration_samples=1
     )
     ptqcore.quantize(chosen, "llm", tmp_path / "out")
+    assert torch.isfinite(logits(ptqcore.load(tmp_path / "out"))).all()
+
+
+def test_static_activations_of_experts_that_no_token_reaches_are_refused(tmp_path):
+    folder = tiny_lm.save(tmp_path / "model", "qwen3_moe", num_experts=32)
+    static = {"activations": {"bits": 8, "granularity": "tensor", "dynamic": False}}
+    chosen = recipe(folder, tmp_path, static, calibration_window=2, calibration_samples=1)
+    with pytest.raises(ModelError, match=r"mlp\.experts\.\w+\.\d+' received no calibration input"):
+        ptqcore.quantize(chosen, "llm", tmp_path / "out")
+
+
+def test_whole_networks_on_a_grid_leave_out_activations_that_no_token_reaches(tmp_path):
+    folder = tiny_lm.save(tmp_path / "model", "mixtral")
+    dataflow = {"activations": {"bits": 8, "symmetric": False}, "scope": "dataflow"}
+    chosen = recipe(folder, tmp_path, dataflow, calibration_window=2, calibration_samples=1)
+    record = ptqcore.quantize(chosen, "llm", tmp_path / "out")
+    skipped = [path for path, why in record.skipped.items() if "no calibration sample reached" in why]
+    assert any(".mlp.experts:" in path for path in skipped)
     assert torch.isfinite(logits(ptqcore.load(tmp_path / "out"))).all()
