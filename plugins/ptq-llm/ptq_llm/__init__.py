@@ -4,7 +4,10 @@ from ptqcore import Plugin
 
 plugin = Plugin(
     name="llm",
-    tasks={"causal-lm": "ptq_llm.causal_lm:CausalLM"},
+    tasks={
+        "causal-lm": "ptq_llm.causal_lm:CausalLM",
+        "text-encoder": "ptq_llm.text_encoder:TextEncoder",
+    },
     exporters={
         "awq": "ptq_llm.awq_format:AWQ",
         "compressed-tensors": "ptq_llm.compressed_tensors:CompressedTensors",

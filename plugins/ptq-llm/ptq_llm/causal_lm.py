@@ -72,12 +72,15 @@ class CausalLM(Task):
         return self._judge.measure(model, "measuring the quantized model")
 
     def excluded(self, model: nn.Module) -> dict[str, str]:
-        """The output head stays as it is: it decides the token, and shares the embedding in many models."""
-        head = self._model.get_output_embeddings()
+        """The output head stays as it is: it decides the token, and shares the embedding in many models.
+
+        All that stands outside the base model belongs to it.
+        """
+        head, body = self._model.get_output_embeddings(), set(self._model.base_model.modules())
         return {
             path: "output head"
             for path, module in model.named_modules()
-            if head is not None and module is head
+            if isinstance(module, nn.Linear) and (module is head or module not in body)
         }
 
     def save_assets(self, folder: Path) -> None:
