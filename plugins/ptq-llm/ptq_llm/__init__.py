@@ -11,6 +11,7 @@ plugin = Plugin(
     exporters={
         "awq": "ptq_llm.awq_format:AWQ",
         "compressed-tensors": "ptq_llm.compressed_tensors:CompressedTensors",
+        "gguf": "ptq_llm.gguf_export:GGUF",
         "gptq": "ptq_llm.gptq_format:GPTQ",
         "gptq-v2": "ptq_llm.gptq_format:GPTQv2",
     },
