@@ -38,7 +38,7 @@ def quantize(
     recipe: RecipeName = None,
     overrides: Overrides = None,
     output: Annotated[
-        Path | None, typer.Option("--output", help="Output folder [default: runs/PLUGIN-RECIPE].")
+        Path | None, typer.Option("--output", help="Output folder, by default runs/PLUGIN-RECIPE.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
 ) -> None:

@@ -74,6 +74,8 @@ def test_importing_all_of_the_core_imports_no_plugin():
         ["--help"],
         ["quantize", "--help"],
         ["map", "--help"],
+        ["llm", "--help"],
+        ["llm", "bench", "--help"],
         ["plugins"],
         ["recipe", "list", "--plugin", "llm"],
     ],
@@ -172,6 +174,13 @@ def test_recipe_show_applies_overrides(ptq):
     assert code == 0
     assert yaml.safe_load(out)["quant"]["weights"]["bits"] == 3
     assert yaml.safe_load(out)["seed"] == 5
+
+
+def test_find_recipe_gives_a_recipe_as_it_would_run():
+    registry = discover()
+    read = read_recipe(registry.recipe_file("w8a8", "llm"), ["seed=5"])
+    assert ptqcore.find_recipe("w8a8", "llm", ["seed=5"]) == make_plan(read, "llm", registry).resolved
+    assert ptqcore.find_recipe(None, "llm").name == "w4a16-g64"
 
 
 # What is wrong

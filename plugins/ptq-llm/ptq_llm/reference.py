@@ -1,0 +1,49 @@
+"""What the full-precision model predicts, kept for other runs of the same model on the same text."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ptqcore import write_tensors
+
+_METRIC = "metric "
+
+
+class Judging(Protocol):
+    """A judge whose first model is the reference; `reference` is what it keeps of that model."""
+
+    reference: dict[str, Tensor]
+
+    def measure(self, model: Any, label: str) -> dict[str, float]:
+        """The metrics of a model."""
+        ...
+
+
+def measure_reference(judge: Judging, model: Any, label: str, file: Path | None) -> dict[str, float]:
+    """The metrics of the full-precision model, measured, or taken from a file.
+
+    Args:
+        judge: a new judge, which knows the reference afterwards.
+        model: the full-precision model.
+        label: what is shown while it is measured.
+        file: where they are kept; its name must tell the model and what it is judged on. None: nowhere.
+
+    Raises:
+        ArtifactError: if the file cannot be written.
+    """
+    if file is not None and file.is_file():
+        kept = load_file(file)
+        metrics = [name for name in sorted(kept) if name.startswith(_METRIC)]
+        judge.reference = {name: tensor for name, tensor in kept.items() if name not in metrics}
+        return {name.split(" ", 2)[2]: float(kept[name]) for name in metrics}
+    measured = judge.measure(model, label)
+    if file is not None:
+        numbered = {
+            f"{_METRIC}{index:02} {name}": torch.tensor(value, dtype=torch.float64)
+            for index, (name, value) in enumerate(measured.items())
+        }
+        write_tensors(file, judge.reference | numbered)
+    return measured
