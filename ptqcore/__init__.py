@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from ptqcore.blocks import Block as Block
     from ptqcore.calibration import Calibration as Calibration
     from ptqcore.dataflow import Dataflow as Dataflow
+    from ptqcore.dataflow import Op as Op
+    from ptqcore.dataflow import tensors_in as tensors_in
     from ptqcore.errors import ArtifactError as ArtifactError
     from ptqcore.errors import DataError as DataError
     from ptqcore.errors import ExportError as ExportError
@@ -22,9 +24,12 @@ if TYPE_CHECKING:
     from ptqcore.errors import PtqError as PtqError
     from ptqcore.errors import RecipeError as RecipeError
     from ptqcore.export.base import Exporter as Exporter
+    from ptqcore.export.onnx_weight_only import OnnxProduct as OnnxProduct
+    from ptqcore.export.onnx_weight_only import OnnxWeightOnly as OnnxWeightOnly
     from ptqcore.files import write_tensors as write_tensors
     from ptqcore.files import write_text as write_text
     from ptqcore.fingerprint import digest_of as digest_of
+    from ptqcore.folding import relative_difference as relative_difference
     from ptqcore.modules import QuantConv2d as QuantConv2d
     from ptqcore.modules import QuantLinear as QuantLinear
     from ptqcore.modules import QuantModule as QuantModule
@@ -62,6 +67,9 @@ if TYPE_CHECKING:
     from ptqcore.walk import BlockIO as BlockIO
 
 _HOME = {
+    "Op": "dataflow",
+    "tensors_in": "dataflow",
+    "relative_difference": "folding",
     "Attachment": "attachments",
     "Chain": "step",
     "attach": "attachments",
@@ -79,6 +87,8 @@ _HOME = {
     "PtqError": "errors",
     "RecipeError": "errors",
     "Exporter": "export.base",
+    "OnnxProduct": "export.onnx_weight_only",
+    "OnnxWeightOnly": "export.onnx_weight_only",
     "QuantConv2d": "modules",
     "QuantLinear": "modules",
     "QuantModule": "modules",

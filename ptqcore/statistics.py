@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 class Gram:
-    """Streaming XᵀX, mean, smallest and largest value per channel of a layer's input X [tokens, channels].
+    """Streaming XᵀX, mean of X and |X|, smallest and largest value per channel of a layer's input X
+    [tokens, channels].
 
     For a weight change ΔW the error of the layer's output over all tokens is
     ‖X ΔWᵀ‖² = tr(ΔW XᵀX ΔWᵀ), so that XᵀX serves error reports, GPTQ, AWQ and clip search without
@@ -17,6 +18,7 @@ class Gram:
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
         self.matrix = torch.zeros(channels, channels, device=device)
         self.sum = torch.zeros(channels, dtype=torch.float64, device=device)
+        self.magnitude = torch.zeros(channels, dtype=torch.float64, device=device)
         self.low = torch.full((channels,), torch.inf, device=device)
         self.high = torch.full((channels,), -torch.inf, device=device)
         self.count = 0
@@ -26,6 +28,11 @@ class Gram:
         """Mean input [channels] over all tokens seen, float64."""
         return self.sum / max(self.count, 1)
 
+    @property
+    def mean_magnitude(self) -> Tensor:
+        """Mean |input| [channels] over all tokens seen, float64."""
+        return self.magnitude / max(self.count, 1)
+
     def update(self, x: Tensor) -> None:
         """Add the tokens of x [..., channels]."""
         rows = x.detach().flatten(0, -2).float()
@@ -33,6 +40,7 @@ class Gram:
             return
         self.matrix.addmm_(rows.T, rows)
         self.sum += rows.sum(0, dtype=torch.float64)
+        self.magnitude += rows.abs().sum(0, dtype=torch.float64)
         self.low = torch.minimum(self.low, rows.amin(0))
         self.high = torch.maximum(self.high, rows.amax(0))
         self.count += rows.shape[0]
@@ -41,6 +49,7 @@ class Gram:
         """Add the tokens that another Gram of the same channels has seen."""
         self.matrix += other.matrix
         self.sum += other.sum
+        self.magnitude += other.magnitude
         self.low = torch.minimum(self.low, other.low)
         self.high = torch.maximum(self.high, other.high)
         self.count += other.count

@@ -1,6 +1,18 @@
 """ptq-llm: post-training quantization of language models."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ptqcore import Plugin
+
+if TYPE_CHECKING:
+    from ptq_llm.kv_cache import KVCacheOptions as KVCacheOptions
+    from ptq_llm.kv_cache import QuantizedKVCache as QuantizedKVCache
+    from ptq_llm.kv_cache import new_cache as new_cache
+
+_HOME = dict.fromkeys(("KVCacheOptions", "QuantizedKVCache", "new_cache"), "kv_cache")
+
+__all__ = [*_HOME, "plugin"]
 
 plugin = Plugin(
     name="llm",
@@ -8,13 +20,33 @@ plugin = Plugin(
         "causal-lm": "ptq_llm.causal_lm:CausalLM",
         "text-encoder": "ptq_llm.text_encoder:TextEncoder",
     },
+    steps={
+        "awq": "ptq_llm.awq:AWQ",
+        "low-rank": "ptq_llm.low_rank:LowRank",
+        "reassemble": "ptq_llm.qllm:ChannelReassembly",
+        "os-plus": "ptq_llm.os_plus:OSPlus",
+        "smoothquant": "ptq_llm.smoothquant:SmoothQuant",
+    },
+    attachments={
+        "affine": "ptq_llm.rescale:Affine",
+        "reassemble": "ptq_llm.reassembly:Reassemble",
+    },
     exporters={
         "awq": "ptq_llm.awq_format:AWQ",
         "compressed-tensors": "ptq_llm.compressed_tensors:CompressedTensors",
         "gguf": "ptq_llm.gguf_export:GGUF",
         "gptq": "ptq_llm.gptq_format:GPTQ",
         "gptq-v2": "ptq_llm.gptq_format:GPTQv2",
+        "onnx-matmulnbits": "ptq_llm.onnx_matmulnbits:OnnxMatMulNBits",
     },
     recipes="ptq_llm/recipes",
     default_recipe="w4a16-g64",
+    commands="ptq_llm.commands:app",
 )
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name at its first use: plugins are discovered without transformers."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'ptq_llm' has no attribute {name!r}")
+    return getattr(import_module(f"ptq_llm.{_HOME[name]}"), name)

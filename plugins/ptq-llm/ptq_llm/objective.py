@@ -1,0 +1,166 @@
+"""How far a group of layers is from what it should compute, with changed and rounded weights and inputs.
+
+What is compared is what the next layers read (the input of o_proj for queries, keys and values, that of
+down_proj for gates and values), computed by the model's own modules: attention masks, rotary
+embeddings, gates and norms between them need not be known (Outlier Suppression+, arXiv 2304.09145,
+eq. 7). Layers that nothing in the block reads are compared by their own outputs (eq. 6).
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ptq_llm.groups import FlowQuestions, Group
+from ptq_llm.simulation import input_rounding, rounded
+from ptqcore import Calibration, Context
+
+
+class Change(Protocol):
+    """What is done to the inputs of a group's layers, and to their weights so that the function stays."""
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """The changed input."""
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """The weight [out, in] for changed inputs."""
+
+    def bias(self, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The bias [out] for changed inputs, by the weight before it was changed."""
+
+
+class _Reached(Exception):  # noqa: N818 - a signal that ends a forward pass, not an error
+    pass
+
+
+class Objective:
+    """Σ over what is compared of ‖y′ − y‖² / ‖y‖², over all tokens of all calibration samples that count.
+
+    The samples come from the quantized prefix, through the block as it is when the objective is made.
+    """
+
+    def __init__(
+        self, calibration: Calibration, context: Context, group: Group, questions: FlowQuestions
+    ) -> None:
+        self.calibration, self.block = calibration, calibration.block
+        self._context, self._model = context, calibration.block.model
+        block = calibration.block
+        targets = context.targets(block)
+        self._layers = [path for path in group.consumers if path in targets]
+        self._sinks = questions.sinks(group.consumers, block)
+        at = questions.parent([*group.consumers, *self._sinks], block) if self._sinks else ""
+        self._alone = not self._sinks
+        if self._alone:
+            self._inputs = calibration.record(group.consumers)
+            return
+        self._parent = self._model.get_submodule(at)
+        self._calls = self._record_parent()
+        with torch.no_grad():
+            self._wanted = [self._compared(sample) for sample in range(len(self._calls))]
+        self._energy = {
+            sink: sum(float(seen[sink].double().square().sum()) for seen in self._wanted if sink in seen)
+            for sink in self._sinks
+        }
+
+    @property
+    def layers(self) -> Sequence[str]:
+        """The group's layers that are to be quantized."""
+        return self._layers
+
+    @torch.no_grad()
+    def loss(self, change: Change) -> float:
+        """The error with this change, weights rounded to nearest and inputs as the recipe rounds them."""
+        return self._loss_alone(change) if self._alone else self._loss_behind(change)
+
+    def _loss_alone(self, change: Change) -> float:
+        total = 0.0
+        for path in self._layers:
+            layer, rounding = self._model.get_submodule(path), self._rounding(path, change)
+            weight, bias = layer.get_parameter("weight"), layer._parameters.get("bias")
+            new = rounded(change.weight(weight), self._context.grids.weights(path).spec)
+            moved = change.bias(weight, bias)
+            error = energy = 0.0
+            for sample, x in enumerate(self._inputs[path]):
+                rows = self.calibration.counted(x, sample)
+                wanted = nn.functional.linear(rows, weight, bias)
+                found = nn.functional.linear(rounding(change.inputs(rows)), new, moved)
+                error += float((found - wanted).double().square().sum())
+                energy += float(wanted.double().square().sum())
+            total += error / energy if energy else error
+        return total
+
+    def _loss_behind(self, change: Change) -> float:
+        kept = {path: dict(self._model.get_submodule(path)._parameters) for path in self._layers}
+        handles = [self._install(path, change) for path in self._layers]
+        error = dict.fromkeys(self._sinks, 0.0)
+        try:
+            for sample, wanted in enumerate(self._wanted):
+                found = self._compared(sample)
+                for sink in found.keys() & wanted.keys():
+                    if found[sink].shape == wanted[sink].shape:
+                        error[sink] += float((found[sink] - wanted[sink]).double().square().sum())
+        finally:
+            for handle in handles:
+                handle.remove()
+            for path, parameters in kept.items():
+                self._model.get_submodule(path)._parameters.update(parameters)
+        return sum(error[sink] / self._energy[sink] for sink in self._sinks if self._energy[sink])
+
+    def _install(self, path: str, change: Change) -> Any:
+        """Give a layer its changed, rounded weight, and round its changed inputs; the hook's handle."""
+        layer, rounding = self._model.get_submodule(path), self._rounding(path, change)
+        weight, bias = layer.get_parameter("weight"), layer._parameters.get("bias")
+        moved = change.bias(weight, bias)
+        new = rounded(change.weight(weight), self._context.grids.weights(path).spec)
+        layer._parameters["weight"] = nn.Parameter(new, requires_grad=False)
+        layer._parameters["bias"] = None if moved is None else nn.Parameter(moved, requires_grad=False)
+        return layer.register_forward_pre_hook(lambda _, args: (rounding(change.inputs(args[0])),))
+
+    def _rounding(self, path: str, change: Change) -> Callable[[Tensor], Tensor]:
+        gram = self.calibration.gram(path)
+        if gram is None or not gram.count:
+            return lambda x: x
+        return input_rounding(self._context, path, gram.low, gram.high, change.inputs)
+
+    def _record_parent(self) -> list[tuple[Any, Any]]:
+        """What the module around the group and what it leads to is called with, for every sample."""
+        calls: list[tuple[Any, Any]] = []
+
+        def note(_: nn.Module, args: Any, kwargs: Any) -> None:
+            calls.append(tree_map_only(Tensor, torch.clone, (args, kwargs)))
+            raise _Reached
+
+        handle = self._parent.register_forward_pre_hook(note, with_kwargs=True)
+        io = self.calibration.io
+        try:
+            for sample in range(len(io)):
+                with suppress(_Reached):
+                    io.run_sample(sample)
+        finally:
+            handle.remove()
+        return calls
+
+    def _compared(self, sample: int) -> dict[str, Tensor]:
+        """What flows into every sink, tokens that count alone, [tokens, channels]."""
+        found: dict[str, Tensor] = {}
+
+        def hook(path: str) -> Callable[..., None]:
+            def note(_: nn.Module, args: Any) -> None:
+                found[path] = self.calibration.counted(args[0], sample)
+                if len(found) == len(self._sinks):
+                    raise _Reached
+
+            return note
+
+        handles = [self._model.get_submodule(p).register_forward_pre_hook(hook(p)) for p in self._sinks]
+        args, kwargs = tree_map_only(Tensor, torch.clone, self._calls[sample])
+        try:
+            with suppress(_Reached):
+                self._parent(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found

@@ -1,0 +1,91 @@
+"""The step `os-plus`: Outlier Suppression+ (Wei et al., arXiv 2304.09145)."""
+
+import math
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ptq_llm.groups import Group
+from ptq_llm.objective import Objective
+from ptq_llm.rescale import Rescaling
+from ptq_llm.scaling import ChannelStatistics, ScaleOptions, ScaleStep
+from ptqcore import Block, StepOptions
+
+
+class OSPlusOptions(ScaleOptions):
+    """shift: whether channels are centred: `auto`, where norm and layers have biases to hold the offsets;
+    `true` gives biases to all, and an offset behind norms that have none (RMSNorm); never where other
+    parameters (the router of experts) read the channels. thresholds, refinements: values of the
+    threshold tried from the largest magnitude down to a quarter of the median, evenly in its logarithm,
+    and then around the best."""
+
+    groups: Literal["norms", "all"] = "all"
+    shift: Literal["auto"] | bool = "auto"
+    thresholds: int = Field(default=16, ge=2)
+    refinements: int = Field(default=4, ge=0)
+
+
+class OSPlus(ScaleStep):
+    """Every channel is centred, and channels beyond a threshold are scaled down to it: one number a group
+    (eq. 5 and 8, algorithm 1)."""
+
+    name = "os-plus"
+    Options: ClassVar[type[StepOptions]] = OSPlusOptions
+    options: OSPlusOptions
+
+    def search(self, group: Group, statistics: ChannelStatistics, objective: Objective) -> Rescaling:
+        shift = torch.zeros_like(statistics.low)
+        if self.shifts(group, objective.block):
+            shift = centre(statistics.low, statistics.high)
+        magnitude = torch.maximum(statistics.high - shift, shift - statistics.low)
+        best, loss = Rescaling(torch.ones_like(shift), shift), math.inf
+        coarse = thresholds(magnitude, self.options.thresholds)
+        place = 0
+        for index, threshold in enumerate(coarse):
+            candidate = Rescaling(scale_for(magnitude, threshold), shift)
+            found = objective.loss(candidate)
+            if found < loss:  # ties: the larger threshold, which changes weights less
+                best, loss, place = candidate, found, index
+        for threshold in between(coarse, place, self.options.refinements):
+            candidate = Rescaling(scale_for(magnitude, threshold), shift)
+            found = objective.loss(candidate)
+            if found < loss:
+                best, loss = candidate, found
+        return best
+
+    def shifts(self, group: Group, block: Block) -> bool:
+        if self.options.shift is False or group.kind == "linear" or group.others:
+            return False
+        if self.options.shift is True:
+            return True
+        paths = [*group.consumers, *([group.producer] if group.producer else [])]
+        modules = [block.model.get_submodule(path) for path in paths]
+        return all(module._parameters.get("bias") is not None for module in modules)
+
+
+def centre(low: Tensor, high: Tensor) -> Tensor:
+    """z = (max + min) / 2 of every channel (eq. 5)."""
+    return (high + low) / 2
+
+
+def scale_for(magnitude: Tensor, threshold: float) -> Tensor:
+    """s = max(1, max|x − z| / t) of every channel (eq. 8)."""
+    return (magnitude / threshold).clamp(min=1)
+
+
+def thresholds(magnitude: Tensor, count: int) -> list[float]:
+    """Thresholds from the largest magnitude, which changes nothing, down to a quarter of the median, evenly
+    in the logarithm."""
+    positive = magnitude[magnitude > 0]
+    if not len(positive):
+        return [1.0]
+    top, bottom = float(positive.max()), float(positive.median()) / 4
+    return [top * (bottom / top) ** (index / (count - 1)) for index in range(count)]
+
+
+def between(coarse: list[float], place: int, count: int) -> list[float]:
+    """Thresholds between the neighbours of the best one, evenly in the logarithm."""
+    above, below = coarse[max(place - 1, 0)], coarse[min(place + 1, len(coarse) - 1)]
+    return [above * (below / above) ** ((index + 1) / (count + 1)) for index in range(count)]

@@ -1,0 +1,46 @@
+"""The step `smoothquant`: difficulty moved from activations to weights by a power
+(Xiao et al., arXiv 2211.10438)."""
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ptq_llm.groups import Group
+from ptq_llm.objective import Objective
+from ptq_llm.rescale import Rescaling
+from ptq_llm.scaling import ChannelStatistics, ScaleOptions, ScaleStep
+from ptqcore import StepOptions
+
+_ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+class SmoothQuantOptions(ScaleOptions):
+    """alpha: the power; null tries 0.3 … 0.9 for every group, and leaving it as it is."""
+
+    alpha: float | None = Field(default=None, ge=0, le=1)
+
+
+class SmoothQuant(ScaleStep):
+    """s = max|X|^α / max|W|^(1−α) per channel (eq. 4)."""
+
+    name = "smoothquant"
+    Options: ClassVar[type[StepOptions]] = SmoothQuantOptions
+    options: SmoothQuantOptions
+
+    def search(self, group: Group, statistics: ChannelStatistics, objective: Objective) -> Rescaling:
+        if self.options.alpha is not None:
+            return smoothing(statistics, self.options.alpha)
+        candidates = [Rescaling.identity(len(statistics.low))]
+        candidates += [smoothing(statistics, alpha) for alpha in _ALPHAS]
+        return min(candidates, key=objective.loss)
+
+
+def smoothing(statistics: ChannelStatistics, alpha: float) -> Rescaling:
+    """The factors for a power; 1 for channels that are always 0 or never read."""
+    largest = torch.maximum(-statistics.low, statistics.high)
+    scale: Tensor = largest.pow(alpha) / statistics.weight.clamp(min=1e-5).pow(1 - alpha)
+    dead = (largest == 0) | (statistics.weight == 0)
+    scale = torch.where(dead, torch.ones_like(scale), scale.clamp(min=1e-5))
+    return Rescaling(scale, torch.zeros_like(scale))
