@@ -40,6 +40,7 @@ class Equalize(Step):
 
     name = "equalize"
     stage = "transform"
+    data_free = True
     Options: ClassVar[type[StepOptions]] = EqualizeOptions
     options: EqualizeOptions
 

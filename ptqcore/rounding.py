@@ -12,6 +12,7 @@ class Round(Step):
 
     name = "round"
     stage = "quantize"
+    data_free = True
 
     def block(self, block: Block, calibration: Calibration) -> None:
         for path, layer in self.context.targets(block).items():

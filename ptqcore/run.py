@@ -158,6 +158,7 @@ class _Run:
         for step in steps:
             step.finish(model)
         audit.check_done(walk.blocks, context)
+        self.record.coverage = audit.check_coverage(walk.blocks, context, self.task.least_coverage)
         self.record.skipped = audit.left_alone(model, context)
         for edge in quantizers.drop_unreached():
             self.record.skipped[str(edge)] = "activation that no calibration sample reached"
@@ -219,6 +220,8 @@ class _Run:
                 block, io, self.prepared.context.grids, self.plan.observer, exact, self._masks
             )
             targets = calibration.targets
+            if not all(step.data_free for step in steps):
+                audit.check_reached(block, calibration, self.prepared.context)
             for step in steps:
                 step.transform(block, calibration)
             for step in steps:

@@ -86,6 +86,8 @@ class Step:
     Options: ClassVar[type[StepOptions]] = StepOptions
     stage: ClassVar[Stage | None] = None
     """What the step does, by which recipes are checked; None for steps that go anywhere."""
+    data_free: ClassVar[bool] = False
+    """Whether the step needs no calibration samples."""
     needs_exact: bool = False
     """Whether `block` reads the inputs from the full-precision model, `calibration.io.run(exact=True)`."""
     attaches: str = ""

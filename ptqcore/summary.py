@@ -14,7 +14,8 @@ def summarize(record: RunRecord, folder: Path) -> str:
     lines = [
         f"{record.plugin} / {record.recipe}: {duration(record.seconds)}, "
         f"peak memory {record.peak_memory_bytes / 1e9:.2f} GB, "
-        f"{len(record.layers)} layers quantized, {len(record.skipped)} left in full precision",
+        f"{len(record.layers)} layers quantized ({record.coverage:.0%} of the weights inside the blocks), "
+        f"{len(record.skipped)} left in full precision",
         *(_row(name, f"{record.before[name]:.5g} -> {value:.5g}") for name, value in record.after.items()),
         _row("size", f"{_size(before)} -> {_size(after)} ({before / after:.2f}x smaller)"),
         _row("artifact", str(folder)),

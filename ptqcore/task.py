@@ -24,6 +24,8 @@ class Task(ABC):
 
     name: ClassVar[str]
     Options: ClassVar[type[TaskOptions]] = TaskOptions
+    least_coverage: ClassVar[float] = 0.0
+    """Share of the weights inside the blocks that a run must quantize, or fail."""
     open_dimensions: ClassVar[Mapping[str, Mapping[int, str]]] = {}
     """Input → dimensions that may have any size, beside the batch → names of these sizes, for exports."""
     class_dimension: ClassVar[int] = 1

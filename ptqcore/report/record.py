@@ -119,7 +119,10 @@ class ExportRecord:
 
 @dataclass
 class RunRecord:
-    """Everything the metrics file and the report say about one run."""
+    """Everything the metrics file and the report say about one run.
+
+    coverage: share of the weights inside the blocks that were quantized.
+    """
 
     plugin: str
     recipe: str
@@ -134,6 +137,7 @@ class RunRecord:
     blocks: list[BlockRecord] = field(default_factory=list)
     activations: list[ActivationRecord] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    coverage: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
     map: FlowMap | None = None
     recipe_yaml: str = ""
@@ -148,6 +152,7 @@ class RunRecord:
             "before": self.before,
             "after": self.after,
             "size_bytes": self.size_bytes,
+            "coverage": self.coverage,
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
             "exports": {name: asdict(export) for name, export in self.exports.items()},
