@@ -10,10 +10,12 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
+from rich.text import Text
 
 T = TypeVar("T")
 
@@ -47,11 +49,25 @@ def _bar(items: Iterable[T], label: str, total: int | None, console: Console) ->
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        TimeLeft(),
     )
     with Progress(*columns, console=console) as progress:
         yield from progress.track(items, total=total, description=label)
+
+
+class TimeLeft(ProgressColumn):
+    """An estimate from the first item on, however long one takes: that of rich forgets after 30 seconds."""
+
+    def render(self, task: Task) -> Text:
+        """What the bar shows of a task."""
+        if not task.completed or not task.total or task.elapsed is None:
+            return Text("")
+        return Text(time_left(task.elapsed, task.completed, task.total))
+
+
+def time_left(seconds: float, done: float, total: float) -> str:
+    """How long the rest will take if it goes on as in the seconds so far."""
+    return f"about {duration(seconds / done * (total - done))} left"
 
 
 def _lines(items: Iterable[T], label: str, total: int | None) -> Iterator[T]:
@@ -63,7 +79,7 @@ def _lines(items: Iterable[T], label: str, total: int | None) -> Iterator[T]:
         now = time.monotonic()
         if now - shown >= _SECONDS_BETWEEN_LINES and done != total:
             shown = now
-            left = f", about {duration((now - start) / done * (total - done))} left" if total else ""
+            left = f", {time_left(now - start, done, total)}" if total else ""
             say(f"{label}: {done}{f'/{total}' if total else ''} in {duration(now - start)}{left}")
     say(f"{label}: {done} done in {duration(time.monotonic() - start)}")
 

@@ -6,11 +6,13 @@ import sys
 import pytest
 import tiny_lm
 import torch
+import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptq_llm import adviser
 from ptq_llm.adviser import distribution, input_channels, kl_divergence, rank, too_few_tokens
+from ptq_llm.unify import unify
 from ptqcore import cli
 
 tokens = st.lists(st.integers(0, 9), min_size=1, max_size=60).map(torch.tensor)
@@ -120,6 +122,19 @@ def test_input_channels_are_those_of_the_linear_layers():
     assert {channels: set(kinds) for channels, kinds in found.items()} == expected
     assert list(found) == [64, 128]
     assert found[128] == ["down_proj"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "falcon_old", "phi3", "mixtral", "qwen3_moe"])
+def test_input_channels_are_known_of_layers_of_every_kind(family):
+    """Transposed layers, subclasses, fused ones and parameters of all experts: what they become."""
+    model = zoo.build(family)
+    found = input_channels(model.config)
+    unify(model)
+    linears = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    assert set(found) == {layer.in_features for layer in linears}
+    assert any("of each expert" in kind for kinds in found.values() for kind in kinds) == (
+        family in ("mixtral", "qwen3_moe")
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from ptq_llm import models
+from ptq_llm.experts import has_experts, split_experts
 from ptq_llm.text import read_tokens
 from ptqcore import DataError
 
@@ -18,6 +19,9 @@ UNIFORM_SHARE = 0.01
 
 GPTQ_TOKENS_PER_CHANNEL = 4
 """Below about as many, GPTQ fits its calibration text instead of the model (see `too_few_tokens`)."""
+
+_EACH = " of each expert"
+_EXPERTS = "an expert sees only those tokens that its router sends to it"
 
 
 def distribution(tokens: Tensor, vocabulary: int, uniform_share: float = UNIFORM_SHARE) -> Tensor:
@@ -79,19 +83,28 @@ def rank(text: Tensor, corpora: Mapping[str, Tensor], vocabulary: int) -> list[C
 
 
 def input_channels(config: Any) -> dict[int, list[str]]:
-    """Input channels → kinds of linear layers (last part of their paths) that have as many.
+    """Input channels → kinds of linear layers (by the names of their paths) that have as many.
 
     Args:
         config: a configuration of transformers; the model is built without memory for weights.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    for module in list(model.modules()):
+        if has_experts(module):
+            split_experts(module)
     found: dict[int, set[str]] = {}
     for path, layer in model.named_modules():
         if isinstance(layer, nn.Linear | Conv1D):
             channels = layer.in_features if isinstance(layer, nn.Linear) else layer.nx
-            found.setdefault(channels, set()).add(path.rpartition(".")[2])
+            found.setdefault(channels, set()).add(_kind(path))
     return {channels: sorted(found[channels]) for channels in sorted(found)}
+
+
+def _kind(path: str) -> str:
+    """The name of a layer; an expert's is that of its bank."""
+    name = next(part for part in reversed(path.split(".")) if not part.isdecimal())
+    return name if path.endswith(name) else f"{name}{_EACH}"
 
 
 def calibration_tokens(windows: int, window: int, available: int | None) -> int:
@@ -177,5 +190,6 @@ def _supply(corpus: str, tokens: int, channels: Mapping[int, Sequence[str]]) -> 
             f"  {tokens / count:.3g} for each of {count} input channels of {', '.join(kinds)}"
             for count, kinds in channels.items()
         ),
+        *([_EXPERTS] if any(_EACH in kind for kinds in channels.values() for kind in kinds) else []),
         *(f"warning: {sentence}" for sentence in warnings),
     ]

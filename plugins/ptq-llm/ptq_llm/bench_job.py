@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from ptqcore import write_text
 
-
 Kind = Literal["text", "task"]
 
 
