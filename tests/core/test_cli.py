@@ -16,7 +16,7 @@ from ptqcore.plan import make_plan
 from ptqcore.plugin import discover
 from ptqcore.recipe import Recipe, read_recipe
 
-LLM_RECIPES = ["fp8", "w2a16-g64", "w3a16-g64", "w4a16-g64", "w8a8"]
+LLM_RECIPES = ["fp8", "kv4", "w2a16-g64", "w3a16-g64", "w4a16-g64", "w8a8"]
 
 
 @pytest.fixture

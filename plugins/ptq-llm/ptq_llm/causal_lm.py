@@ -1,16 +1,19 @@
 """The task `causal-lm`: a language model, its calibration text, and how well it still predicts."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ptq_llm import models, text
+from ptq_llm import kv_cache, models, text
+from ptq_llm.decoding import DecodingJudge
+from ptq_llm.kv_cache import KVCacheOptions
 from ptq_llm.metrics import Judge
-from ptqcore import DataError, Task, TaskOptions, digest_of, write_tensors
+from ptq_llm.reference import measure_reference
+from ptqcore import DataError, Recipe, RecipeError, Task, TaskOptions, digest_of, write_tensors
 
 SELF = "self"
 _WRITTEN_FOR_EVALUATION = 8
@@ -29,6 +32,24 @@ class CausalLMOptions(TaskOptions):
     calibration: str = Field(default=SELF, description="text to calibrate on")
     calibration_samples: int = Field(default=8, ge=1, description="windows to calibrate on")
     calibration_window: int = Field(default=512, ge=2, description="tokens per calibration window")
+    kv_cache: KVCacheOptions | None = Field(default=None, description="quantized cache to decode with")
+    decode_windows: int = Field(default=8, ge=1, description="windows decoded with it at most")
+    shared: str | None = Field(
+        default=None, description="folder for what full precision writes and predicts, shared by runs"
+    )
+
+
+def options_of(recipe: Recipe) -> CausalLMOptions:
+    """The task options of a resolved recipe.
+
+    Raises:
+        RecipeError: if its task is another one.
+    """
+    if recipe.task.kind.rpartition(":")[2] != CausalLM.name:
+        raise RecipeError(
+            f"recipe {recipe.name!r} has task.kind {recipe.task.kind!r}: this is for {CausalLM.name!r}"
+        )
+    return CausalLMOptions(**recipe.task.options)
 
 
 class CausalLM(Task):
@@ -36,13 +57,21 @@ class CausalLM(Task):
 
     name = "causal-lm"
     Options = CausalLMOptions
+    least_coverage = 0.95
     options: CausalLMOptions
+    open_dimensions: ClassVar[dict[str, dict[int, str]]] = {"input_ids": {1: "sequence"}}
+    class_dimension = -1
 
     def load_model(self) -> nn.Module:
         """The model; texts are read and cut too, so that a wrong one is known before the work begins."""
-        loaded = models.load(self.options.model, getattr(torch, self.options.dtype))
+        return self.use(models.load(self.options.model, getattr(torch, self.options.dtype)))
+
+    def use(self, loaded: models.LanguageModel) -> nn.Module:
+        """Take a model that is loaded already; for the rest as `load_model`."""
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
         self._check_windows()
+        if self.options.kv_cache is not None:
+            kv_cache.check_decodes(self._model, self.options.kv_cache)
         self._written: Tensor | None = None
         self._calibration, self._evaluation = self._calibration_windows(), self._evaluation_windows()
         return self._model
@@ -63,13 +92,51 @@ class CausalLM(Task):
         return {"input_ids": tokens, "use_cache": False}
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """perplexity, kl_divergence and top1_agreement; see `Judge`."""
+        """perplexity, kl_divergence and top1_agreement, without KV cache: see `Judge`.
+
+        With `kv_cache` also what `DecodingJudge` finds on the first `decode_windows`.
+        """
         if not hasattr(self, "_judge"):
             if self._evaluation is None:
                 self._evaluation = self._write()[self._count_for_calibration() :, : self.options.window]
             self._judge = Judge(self._evaluation)
-            return self._judge.measure(model, "measuring full precision")
-        return self._judge.measure(model, "measuring the quantized model")
+            if self.options.kv_cache is not None:
+                windows = self._evaluation[: self.options.decode_windows]
+                self._decoding_judge = DecodingJudge(windows, self._model.config, self.options.kv_cache)
+            return self._measure_reference(model)
+        metrics = self._judge.measure(model, "measuring the quantized model")
+        if self.options.kv_cache is not None:
+            metrics |= self._decoding_judge.measure(model, "decoding with the quantized model")
+        return metrics
+
+    def _measure_reference(self, model: nn.Module) -> dict[str, float]:
+        """The metrics of full precision; with `shared`, measured once for all runs."""
+        assert self._evaluation is not None
+        file = self._reference_file(model, "read", self._evaluation)
+        metrics = measure_reference(self._judge, model, "measuring full precision", file)
+        if self.options.kv_cache is not None:
+            file = self._reference_file(model, "decoded", self._evaluation[: self.options.decode_windows])
+            metrics |= measure_reference(self._decoding_judge, model, "decoding with full precision", file)
+        return metrics
+
+    def _reference_file(self, model: nn.Module, how: str, windows: Tensor) -> Path | None:
+        """Where it is kept what a model predicts on windows; None without `shared`."""
+        if self.options.shared is None:
+            return None
+        mark = digest_of([dict(model.state_dict()), how, windows])
+        return self._slow / f"reference-{mark[:16]}.safetensors"
+
+    @property
+    def _slow(self) -> Path:
+        """The folder for what is slow to compute again."""
+        if self.options.shared is None:
+            return self.workspace
+        folder = Path(self.options.shared).expanduser()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"task.shared {str(folder)!r} cannot be made: {error.strerror}") from error
+        return folder
 
     def excluded(self, model: nn.Module) -> dict[str, str]:
         """The output head stays as it is: it decides the token, and shares the embedding in many models.
@@ -84,13 +151,16 @@ class CausalLM(Task):
         }
 
     def save_assets(self, folder: Path) -> None:
-        """Configuration, generation configuration and tokenizer, as transformers reads them."""
+        """Configuration, generation configuration and tokenizer, as transformers reads them; `kv_cache`."""
         config = self._model.config
         config.architectures = [type(self._model).__name__]
         config.save_pretrained(folder)
         if self._model.generation_config is not None:
             self._model.generation_config.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
+        if self.options.kv_cache is not None:
+            settings = self.options.kv_cache.model_dump_json(indent=2) + "\n"
+            (folder / kv_cache.SETTINGS_FILE).write_text(settings, encoding="utf-8")
 
     @classmethod
     def build(cls, folder: Path) -> nn.Module:
@@ -105,6 +175,13 @@ class CausalLM(Task):
                 raise DataError(
                     f"task.{key} is {length}, but the model has {limit} positions: set at most that"
                 )
+        cache, window = self.options.kv_cache, self.options.window
+        if cache is not None and window < cache.residual + 2:
+            raise DataError(
+                f"task.window is {window}, but task.kv_cache.residual keeps the newest {cache.residual} "
+                "tokens in full precision, so that nothing would be quantized: set window to "
+                f"{cache.residual + 2} or more, or residual lower"
+            )
 
     def _calibration_windows(self) -> Tensor | None:
         source = self.options.calibration
@@ -137,14 +214,14 @@ class CausalLM(Task):
         return self.options.calibration_samples if self.options.calibration == SELF else 0
 
     def _write(self) -> Tensor:
-        """Windows that the full-precision model writes, for calibration first; kept in the workspace."""
+        """Windows that the full-precision model writes, for calibration first; kept for later."""
         if self._written is None:
             options = self.options
             held_out = min(options.max_windows or _WRITTEN_FOR_EVALUATION, _WRITTEN_FOR_EVALUATION)
             count = self._count_for_calibration() + (held_out if options.text == SELF else 0)
             length = max(options.window, options.calibration_window)
             model = digest_of(dict(self._model.state_dict()))[:16]
-            file = self.workspace / f"written-{model}-{count}x{length}-seed{self.seed}.safetensors"
+            file = self._slow / f"written-{model}-{count}x{length}-seed{self.seed}.safetensors"
             if not file.is_file():
                 special = list(self._tokenizer.all_special_ids)
                 write_tensors(file, {"tokens": text.write(self._model, special, count, length, self.seed)})

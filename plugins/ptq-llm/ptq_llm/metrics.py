@@ -1,5 +1,6 @@
 """Perplexity, and agreement with the full-precision model."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,6 +9,9 @@ from torch import Tensor
 from ptqcore import track
 
 _MOST_KEPT_VALUES = 100_000_000
+
+Predictions = Iterator[tuple[Tensor, Tensor]]
+"""Logits [n, vocabulary] and the tokens [n] that follow, part by part."""
 
 
 class Judge:
@@ -25,19 +29,39 @@ class Judge:
         self._reference_best: Tensor | None = None
         self._reference_log: list[Tensor] = []
 
+    @property
+    def reference(self) -> dict[str, Tensor]:
+        """What is kept of the reference: the most likely tokens, and log-probabilities part by part."""
+        if self._reference_best is None:
+            return {}
+        parts = {f"log_probs.{index:06}": part for index, part in enumerate(self._reference_log)}
+        return {"best": self._reference_best} | parts
+
+    @reference.setter
+    def reference(self, kept: dict[str, Tensor]) -> None:
+        """Take another judge's reference, of the same windows."""
+        self._reference_best = kept["best"]
+        self._reference_log = [kept[name] for name in sorted(kept) if name != "best"]
+
     @torch.no_grad()
-    def measure(self, model: Any, label: str) -> dict[str, float]:
-        """Metrics of a causal language model of transformers."""
+    def measure(self, model: Any, label: str, cache: Any = None) -> dict[str, float]:
+        """Metrics of a causal language model of transformers.
+
+        Without a cache, a window is read at once. With one (empty; afterwards it holds all windows but
+        their last tokens), all windows are decoded side by side, token by token. A judge does one or the
+        other: the reference must come in the same order.
+        """
+        windows = self._windows
+        parts = read(model, windows, label) if cache is None else decode(model, windows, label, cache)
         is_reference = self._reference_best is None
         loss = divergence = 0.0
-        compared = 0
+        compared = seen = 0
         best: list[Tensor] = []
-        for index, window in enumerate(track(self._windows, label)):
-            logits = model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
-            log_probs = logits.log_softmax(-1)
-            loss -= float(log_probs.gather(1, window[1:, None]).sum(dtype=torch.float64))
+        for index, (logits, following) in enumerate(parts):
+            log_probs = logits.float().log_softmax(-1)
+            loss -= float(log_probs.gather(1, following[:, None]).sum(dtype=torch.float64))
             best.append(logits.argmax(-1))
-            kept = log_probs[self._kept_positions(log_probs.shape[-1], index)]
+            kept = log_probs[self._kept_positions(log_probs.shape[-1], seen)]
             if is_reference:
                 self._reference_log.append(kept.clone())
             else:
@@ -45,18 +69,36 @@ class Judge:
                 terms = reference.exp() * (reference - kept)
                 divergence += float(terms.sum(dtype=torch.float64))
             compared += len(kept)
+            seen += len(following)
         found = torch.cat(best)
         if self._reference_best is None:
             self._reference_best = found
-        positions = self._windows.numel() - len(self._windows)
         return {
-            "perplexity": float(torch.tensor(loss / positions, dtype=torch.float64).exp()),
+            "perplexity": float(torch.tensor(loss / seen, dtype=torch.float64).exp()),
             "kl_divergence": divergence / compared,
             "top1_agreement": float((found == self._reference_best).double().mean()),
         }
 
-    def _kept_positions(self, vocabulary: int, index: int) -> slice:
-        """Positions of window `index` whose log-probabilities are kept: every n-th of all windows'."""
-        length = self._windows.shape[1] - 1
-        stride = -(-length * len(self._windows) * vocabulary // _MOST_KEPT_VALUES)
-        return slice(-index * length % stride, None, stride)
+    def _kept_positions(self, vocabulary: int, seen: int) -> slice:
+        """Which positions after the `seen` ones are kept: every n-th of all."""
+        positions = self._windows.numel() - len(self._windows)
+        stride = -(-positions * vocabulary // _MOST_KEPT_VALUES)
+        return slice(-seen % stride, None, stride)
+
+
+def read(model: Any, windows: Tensor, label: str) -> Predictions:
+    """Predictions window by window, each read at once."""
+    for window in track(windows, label):
+        yield model(input_ids=window[None], use_cache=False).logits[0, :-1], window[1:]
+
+
+def decode(model: Any, windows: Tensor, label: str, cache: Any) -> Predictions:
+    """Predictions position by position of all windows, each token seeing the past through the cache.
+
+    Longer steps would be faster but another thing: tokens that come together see each other's keys and
+    values in full precision, even those that would be quantized by then.
+    """
+    for position in track(range(windows.shape[1] - 1), label):
+        tokens = windows[:, position : position + 1]
+        output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        yield output.logits[:, -1], windows[:, position + 1]
