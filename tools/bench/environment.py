@@ -11,8 +11,13 @@ from ptqcore.progress import say
 HOME = Path(__file__).parents[2]
 
 
-def python_with(package: str, *requirements: str) -> Path:
+def python_with(package: str, *requirements: str, constrained: bool = True) -> Path:
     """An interpreter that has `package`: this one, or that of an environment beside the checkout's own.
+
+    Args:
+        package: what is imported.
+        requirements: what is installed.
+        constrained: whether in the versions of `constraints.txt`; a peer may need others.
 
     Raises:
         ExportError: if the environment cannot be made.
@@ -24,7 +29,7 @@ def python_with(package: str, *requirements: str) -> Path:
     if not done.exists():
         say(f"installing {package} in {folder}")
         _run(sys.executable, "-m", "venv", str(folder))
-        constraints = ("--constraint", str(HOME / "constraints.txt"))
+        constraints = ("--constraint", str(HOME / "constraints.txt")) if constrained else ()
         _run(str(python), "-m", "pip", "install", "--quiet", *constraints, *requirements)
         done.touch()
     return python
