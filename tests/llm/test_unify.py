@@ -13,7 +13,6 @@ from ptq_llm import models
 from ptq_llm.experts import ExpertBank, call_each_expert
 from ptq_llm.unify import unify
 from ptqcore import ModelError, QuantLinear
-from ptqcore.recipe import Recipe, validate
 
 LINEAR_ALREADY = set(zoo.NAMES) - {
     "falcon_old",
@@ -24,12 +23,6 @@ LINEAR_ALREADY = set(zoo.NAMES) - {
     "deepseek_v3",
 }
 MIXTURES = {"mixtral": 3, "qwen3_moe": 3, "deepseek_v3": 2}  # name → layers with experts
-
-
-def logits(model, batch=3, length=40):
-    tokens = zoo.tokens(model, batch, length, seed=3)
-    with torch.no_grad():
-        return model(input_ids=tokens, use_cache=False).logits
 
 
 def difference(found, expected):
@@ -48,9 +41,9 @@ def matrices(model):
 @pytest.mark.parametrize("name", zoo.NAMES)
 def test_the_logits_stay_what_they_were(name):
     model = zoo.build(name)
-    expected = logits(model)
+    expected = zoo.logits(model)
     report = unify(model)
-    assert difference(logits(model), expected) <= 1e-6
+    assert difference(zoo.logits(model), expected) <= 1e-6
     assert bool(report) == (name not in LINEAR_ALREADY)
     assert not any(what.startswith("left") for what in report.values())
 
@@ -117,7 +110,7 @@ def test_every_expert_is_called_once_in_every_pass_with_the_tokens_routed_to_it(
             layer.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     for length in (1, 20):
         rows.clear()
-        logits(model, 1, length)
+        zoo.logits(model, 1, length)
         assert len(rows) == 2 * 8
         assert sum(rows) == 2 * length * 2  # two projections, two experts a token
 
@@ -167,9 +160,9 @@ def test_experts_that_are_transposed_interleaved_and_biased():
     whole = model.model.layers[0].mlp.experts.down_proj
     with torch.no_grad():
         model.model.layers[0].mlp.experts.down_proj_bias.normal_()
-    expected = logits(model)
+    expected = zoo.logits(model)
     unify(model)
-    assert difference(logits(model), expected) <= 1e-6
+    assert difference(zoo.logits(model), expected) <= 1e-6
     experts = model.model.layers[0].mlp.experts
     assert torch.equal(experts.down_proj[2].weight, whole[2].T)
     assert experts.down_proj[2].weight.is_contiguous()
@@ -178,18 +171,18 @@ def test_experts_that_are_transposed_interleaved_and_biased():
 
 def test_experts_that_transformers_cannot_compute_otherwise_are_left_and_reported():
     model = build_other("jetmoe", num_local_experts=4, kv_channels=16, num_attention_heads=4)
-    expected = logits(model)
+    expected = zoo.logits(model)
     report = unify(model)
-    assert torch.equal(logits(model), expected)
+    assert torch.equal(zoo.logits(model), expected)
     reason = "left: JetMoeParallelExperts has a parameter of 3 dimensions"
     assert report["model.layers.0.mlp.input_linear.weight"] == reason
 
 
 def test_short_types_may_differ_by_their_rounding_only():
     model = zoo.build("gpt2").bfloat16()
-    expected = logits(model)
+    expected = zoo.logits(model)
     assert len(unify(model)) == 12
-    assert difference(logits(model), expected) < 0.05
+    assert difference(zoo.logits(model), expected) < 0.05
 
 
 # What is refused or left
@@ -260,25 +253,10 @@ def test_a_changed_function_is_refused_with_the_difference():
 # From a folder to an artifact and back
 
 
-def recipe(model, folder, quant=None, steps=("round",), **task):
-    text = tiny_lm.write_text(folder / "text.txt", 400)
-    weights = {"bits": 4, "granularity": "group", "group_size": 32}
-    small = {"window": 32, "max_windows": 4, "calibration_window": 32, "calibration_samples": 2}
-    data = {
-        "name": "tiny",
-        "task": {"kind": "causal-lm", "model": str(model), "text": str(text), "calibration": str(text)}
-        | small
-        | task,
-        "quant": {"weights": weights} | (quant or {}),
-        "steps": list(steps),
-    }
-    return validate(Recipe, data)
-
-
 @pytest.mark.parametrize("name", ["gpt2", "falcon_new", "mixtral", "qwen3_moe", "deepseek_v3"])
 def test_an_artifact_restores_what_was_quantized(name, tmp_path):
     folder = tiny_lm.save(tmp_path / "model", name)
-    record = ptqcore.quantize(recipe(folder, tmp_path), "llm", tmp_path / "out")
+    record = ptqcore.quantize(tiny_lm.recipe(folder, tmp_path), "llm", tmp_path / "out")
     loaded = models.load(str(folder), torch.float32).model
     layers = {path for path, m in loaded.named_modules() if type(m) is nn.Linear and path != "lm_head"}
     assert {layer.path for layer in record.layers} == layers
@@ -291,13 +269,13 @@ def test_an_artifact_restores_what_was_quantized(name, tmp_path):
         assert ((layer.weight - quantized.weight).abs() <= step * 0.5001).all()
         assert not torch.equal(layer.weight, quantized.weight)
         layer.weight = nn.Parameter(quantized.weight, requires_grad=False)
-    assert torch.equal(logits(restored), logits(loaded))
+    assert torch.equal(zoo.logits(restored), zoo.logits(loaded))
     assert record.after["kl_divergence"] > 0
 
 
 def test_experts_that_no_token_reaches_are_rounded_all_the_same(tmp_path):
     folder = tiny_lm.save(tmp_path / "model", "qwen3_moe", num_experts=32)
-    chosen = recipe(folder, tmp_path, calibration_window=4, calibration_samples=1)
+    chosen = tiny_lm.recipe(folder, tmp_path, calibration_window=4, calibration_samples=1)
     record = ptqcore.quantize(chosen, "llm", tmp_path / "out")
     assert len(record.layers) == 3 * (4 + 2 * 32)
     unreached = [layer.path for layer in record.layers if layer.relative_error is None]
@@ -308,17 +286,17 @@ def test_experts_that_no_token_reaches_are_rounded_all_the_same(tmp_path):
 def test_dynamic_activations_of_experts_that_no_token_reaches(tmp_path):
     folder = tiny_lm.save(tmp_path / "model", "mixtral")
     per_token = {"bits": 8, "granularity": "token", "dynamic": True}
-    chosen = recipe(
+    chosen = tiny_lm.recipe(
         folder, tmp_path, {"activations": per_token}, calibration_window=2, calibration_samples=1
     )
     ptqcore.quantize(chosen, "llm", tmp_path / "out")
-    assert torch.isfinite(logits(ptqcore.load(tmp_path / "out"))).all()
+    assert torch.isfinite(zoo.logits(ptqcore.load(tmp_path / "out"))).all()
 
 
 def test_static_activations_of_experts_that_no_token_reaches_are_refused(tmp_path):
     folder = tiny_lm.save(tmp_path / "model", "qwen3_moe", num_experts=32)
     static = {"activations": {"bits": 8, "granularity": "tensor", "dynamic": False}}
-    chosen = recipe(folder, tmp_path, static, calibration_window=2, calibration_samples=1)
+    chosen = tiny_lm.recipe(folder, tmp_path, static, calibration_window=2, calibration_samples=1)
     with pytest.raises(ModelError, match=r"mlp\.experts\.\w+\.\d+' received no calibration input"):
         ptqcore.quantize(chosen, "llm", tmp_path / "out")
 
@@ -326,8 +304,8 @@ def test_static_activations_of_experts_that_no_token_reaches_are_refused(tmp_pat
 def test_whole_networks_on_a_grid_leave_out_activations_that_no_token_reaches(tmp_path):
     folder = tiny_lm.save(tmp_path / "model", "mixtral")
     dataflow = {"activations": {"bits": 8, "symmetric": False}, "scope": "dataflow"}
-    chosen = recipe(folder, tmp_path, dataflow, calibration_window=2, calibration_samples=1)
+    chosen = tiny_lm.recipe(folder, tmp_path, dataflow, calibration_window=2, calibration_samples=1)
     record = ptqcore.quantize(chosen, "llm", tmp_path / "out")
     skipped = [path for path, why in record.skipped.items() if "no calibration sample reached" in why]
     assert any(".mlp.experts:" in path for path in skipped)
-    assert torch.isfinite(logits(ptqcore.load(tmp_path / "out"))).all()
+    assert torch.isfinite(zoo.logits(ptqcore.load(tmp_path / "out"))).all()

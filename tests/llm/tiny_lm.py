@@ -8,6 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from zoo import END, POSITIONS, VOCABULARY, build
 
+from ptqcore.recipe import Recipe, validate
+
 __all__ = ["END", "POSITIONS", "VOCABULARY", "build"]
 
 # Names in the zoo whose whole way from folder to export is tested.
@@ -35,3 +37,21 @@ def write_text(file: Path, tokens: int, seed: int = 0) -> Path:
     letters = random.Random(seed).choices("abcdefghijklmnopqrstuvwxyz      ,.\n", k=tokens)
     file.write_text("".join(letters), encoding="utf-8")
     return file
+
+
+def recipe(
+    model: Path, folder: Path, quant: Any = None, steps: Any = ("round",), export: Any = (), **task: Any
+) -> Recipe:
+    """A recipe for a model folder and a text that is written into another: 4 bits in groups of 32."""
+    text = str(write_text(folder / "text.txt", 400))
+    small = {"window": 32, "max_windows": 4, "calibration_window": 32, "calibration_samples": 2}
+    given = {"kind": "causal-lm", "model": str(model), "text": text, "calibration": text}
+    weights = {"bits": 4, "granularity": "group", "group_size": 32}
+    data = {
+        "name": "tiny",
+        "task": given | small | task,
+        "quant": {"weights": weights} | (quant or {}),
+        "steps": list(steps),
+        "export": list(export),
+    }
+    return validate(Recipe, data)

@@ -102,3 +102,10 @@ def tokens(model: PreTrainedModel, batch: int = 2, length: int = 24, seed: int =
     """Random tokens [batch, length] that the model knows, none of them special."""
     known = min(model.get_input_embeddings().num_embeddings, END)
     return torch.randint(2, known, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model: Any, batch: int = 3, length: int = 40) -> Tensor:
+    """What the model, however it is quantized, predicts for random tokens: [batch, length, vocabulary]."""
+    output: Tensor = model(input_ids=tokens(model, batch, length, seed=3), use_cache=False).logits
+    return output

@@ -9,7 +9,9 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from ptq_llm.experts import EXPERT, kept_as
 from ptq_llm.unpack import Array, TensorFile
 from ptqcore import (
     Exporter,
@@ -40,14 +42,20 @@ L = TypeVar("L", bound=Layout)
 class CheckpointExporter(Exporter, Generic[L]):
     """A checkpoint of transformers with quantized linear layers.
 
-    Tensors that are not a quantized layer's keep their names; subclasses say how a layer is stored, how
-    config.json says so, and how both are read.
+    Subclasses say how a layer is stored and named, how config.json says so, and how both are read.
     """
 
     def check_layers(self, quant: QuantSection, layers: dict[str, nn.Module]) -> None:
         for name, layer in layers.items():
             if not isinstance(layer, nn.Linear):
                 raise _not_linear(self.name, name)
+            if kept_as(layer) == Conv1D.__name__:
+                raise ExportError(
+                    f"export {self.name} cannot hold {name}: readers have a Conv1D in its place, and "
+                    "quantize linear layers only: remove the export"
+                )
+            if kept_as(layer) == EXPERT:
+                self.check_expert(quant, name)
             self.check_layer(quant, name, layer)
 
     @abstractmethod
@@ -57,6 +65,17 @@ class CheckpointExporter(Exporter, Generic[L]):
         Raises:
             ExportError: naming the layer.
         """
+
+    def check_expert(self, quant: QuantSection, name: str) -> None:
+        """Refuse, before anything is quantized, an expert that the format cannot hold: by default any.
+
+        Raises:
+            ExportError: naming the layer.
+        """
+        raise ExportError(
+            f"export {self.name} holds no experts, and {name} is one: remove the export, or replace it by "
+            "compressed-tensors"
+        )
 
     @abstractmethod
     def refuse(self, model: nn.Module, layers: dict[str, QuantLinear]) -> None:
@@ -82,11 +101,15 @@ class CheckpointExporter(Exporter, Generic[L]):
     def layer_difference(self, file: TensorFile, name: str, layer: QuantLinear, layout: L) -> float:
         """Largest difference between a layer in the file and in the model."""
 
+    def stored_layers(self, model: nn.Module, layers: dict[str, QuantLinear]) -> dict[str, QuantLinear]:
+        """Quantized layers as the file names and cuts them; by default by their paths."""
+        return layers
+
     def plain_tensors(
         self, model: nn.Module, layers: dict[str, QuantLinear]
     ) -> Iterator[tuple[str, Tensor]]:
-        """Tensors that are stored under their own name: everything but quantized weights and grids."""
-        return _plain_tensors(model, layers)
+        """Everything but quantized weights and grids, by the names in the file; by default its own."""
+        return plain_tensors(model, layers)
 
     def write_config(self, folder: Path, quantization: dict[str, Any]) -> None:
         """Put the `quantization_config` into the task's config.json."""
@@ -101,19 +124,21 @@ class CheckpointExporter(Exporter, Generic[L]):
         self.refuse(model, layers)
         task.save_assets(folder)
         tensors = dict(self.plain_tensors(model, layers))
-        for name, layer in layers.items():
+        parts = self.stored_layers(model, layers)
+        for name, layer in parts.items():
             tensors |= {f"{name}.{key}": tensor for key, tensor in self.layer_tensors(layer).items()}
         stored = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
         write_tensors(folder / _WEIGHTS_FILE, stored, {"format": "pt"})
-        self.write_config(folder, self.quantization_config(model, layers))
+        self.write_config(folder, self.quantization_config(model, parts))
 
     def verify(self, model: nn.Module, task: Task, samples: Sequence[Any], folder: Path) -> Verification:
         file = TensorFile(folder / _WEIGHTS_FILE)
         layers = _quantized_layers(model, self.name)
-        layouts = self._layouts(model, layers, folder)
+        parts = self.stored_layers(model, layers)
+        layouts = self._layouts(model, parts, folder)
         known = {f"{name}.{key}" for name, layout in layouts.items() for key in layout.tensors()}
         largest = 0.0
-        for name, layer in layers.items():
+        for name, layer in parts.items():
             largest = max(largest, self.layer_difference(file, name, layer, layouts[name]))
         for name, tensor in self.plain_tensors(model, layers):
             known.add(name)
@@ -230,7 +255,7 @@ def _not_linear(export: str, name: str) -> ExportError:
     return ExportError(f"export {export} holds linear layers only, and {name} is not one")
 
 
-def _plain_tensors(model: nn.Module, layers: dict[str, QuantLinear]) -> Iterator[tuple[str, Tensor]]:
+def plain_tensors(model: nn.Module, layers: dict[str, QuantLinear]) -> Iterator[tuple[str, Tensor]]:
     """Tensors that are stored under their own name: everything but quantized weights and grids.
 
     A tied output layer is left out, for readers make it from the embedding. Any other tensor that

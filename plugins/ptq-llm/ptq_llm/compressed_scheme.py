@@ -61,6 +61,27 @@ def _input_problems(weights: QuantSpec, activations: QuantSpec) -> dict[str, boo
     }
 
 
+def refuse_experts(scheme: Scheme, name: str) -> None:
+    """Refuse grids that no reader takes for experts.
+
+    Raises:
+        ExportError: naming an expert, the key, its value and what to set instead.
+    """
+    weights, activations = scheme
+    problems = {
+        "quant.weights.symmetric false: experts are read without zero points, set it to true": (
+            not weights.symmetric
+        ),
+        "integer quant.activations: experts are read packed, without quantized inputs, or as e4m3; remove "
+        "quant.activations": activations is not None and not weights.is_float,
+        "quant.activations.dynamic false: experts are read without the scale of their input, set "
+        "granularity to token with dynamic true": activations is not None and not activations.dynamic,
+    }
+    for sentence, found in problems.items():
+        if found:
+            raise ExportError(f"export compressed-tensors cannot hold the expert {name} with {sentence}")
+
+
 def format_of(scheme: Scheme) -> str:
     """The format's own name for the way a layer's weight is stored."""
     weights, activations = scheme

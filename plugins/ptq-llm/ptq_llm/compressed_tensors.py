@@ -1,19 +1,23 @@
 """The compressed-tensors format: what transformers and vLLM load as a quantized checkpoint."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ptq_llm import checkpoint_names
 from ptq_llm.checkpoint import (
     CheckpointExporter,
     difference,
     float_linears,
+    plain_tensors,
     refuse_new_bias,
     refuse_ragged,
 )
-from ptq_llm.compressed_scheme import Scheme, format_of, quantization_config, refuse
+from ptq_llm.compressed_scheme import Scheme, format_of, quantization_config, refuse, refuse_experts
+from ptq_llm.experts import ExpertBank
 from ptq_llm.unpack import Layout, TensorFile, read_weight
 from ptqcore import ExportError, QuantizedTensor, QuantLinear, QuantSection, pack_bits
 
@@ -23,10 +27,13 @@ _MIDDLE = 128  # what an unsigned 8-bit code is above the signed number that the
 class CompressedTensors(CheckpointExporter[Layout]):
     """Integer weights of 2 to 8 bits (packed), int8 weights and inputs, or FP8 e4m3.
 
-    transformers loads every export; asymmetric weights only with
+    transformers loads every export; asymmetric weights, and Falcon, only with
     `quantization_config=CompressedTensorsConfig(dequantize=True)`, which takes one scheme for the
     whole model and ignores the inputs' grids. vLLM runs symmetric weights of any width, asymmetric
     ones of 4 and 8 bits, and inputs with one scale per token or one static scale.
+
+    Experts are stored one by one, with the names of float checkpoints. transformers dequantizes them
+    while it loads and leaves their inputs in floating point; vLLM runs packed ones of 4 and 8 bits.
     """
 
     name = "compressed-tensors"
@@ -37,7 +44,13 @@ class CompressedTensors(CheckpointExporter[Layout]):
     def check_layer(self, quant: QuantSection, name: str, layer: nn.Linear) -> None:
         refuse_ragged(self.name, name, layer.in_features, quant.weights.group_size)
 
+    def check_expert(self, quant: QuantSection, name: str) -> None:
+        refuse_experts(
+            (quant.weights.spec, None if quant.activations is None else quant.activations.spec), name
+        )
+
     def refuse(self, model: nn.Module, layers: dict[str, QuantLinear]) -> None:
+        _refuse_experts(model)
         for name, layer in layers.items():
             refuse(_scheme(layer))
             refuse_new_bias(self.name, name, layer)
@@ -60,7 +73,18 @@ class CompressedTensors(CheckpointExporter[Layout]):
 
     def quantization_config(self, model: nn.Module, layers: dict[str, QuantLinear]) -> dict[str, Any]:
         schemes = {name: _scheme(layer) for name, layer in layers.items()}
-        return quantization_config(schemes, float_linears(model))
+        left = float_linears(model) + _routers(model)
+        # transformers asks for paths in the model, vLLM for names in the checkpoint.
+        ignored = dict.fromkeys([*left, *checkpoint_names.stored_paths(model, left)])
+        return quantization_config(schemes, list(ignored))
+
+    def stored_layers(self, model: nn.Module, layers: dict[str, QuantLinear]) -> dict[str, QuantLinear]:
+        return checkpoint_names.stored_layers(model, layers)
+
+    def plain_tensors(
+        self, model: nn.Module, layers: dict[str, QuantLinear]
+    ) -> Iterator[tuple[str, Tensor]]:
+        yield from checkpoint_names.stored_tensors(model, dict(plain_tensors(model, layers))).items()
 
     def find_layout(self, config: dict[str, Any], name: str) -> Layout | None:
         return Layout.find(config, name)
@@ -77,6 +101,42 @@ class CompressedTensors(CheckpointExporter[Layout]):
                 signed = file.numbers(f"{name}.input_zero_point", (1,))
                 largest = max(largest, difference(signed.astype(np.float32) + _MIDDLE, inputs.zero_point))
         return largest
+
+
+def _refuse_experts(model: nn.Module) -> None:
+    """Refuse mixtures of experts that readers would take for another.
+
+    Raises:
+        ExportError: naming an expert.
+    """
+    schemes: dict[Scheme, str] = {}
+    for path, bank in checkpoint_names.banks_of(model).items():
+        for index, layer in enumerate(bank):
+            name = f"{path}.{index}"
+            if not isinstance(layer, QuantLinear):
+                raise ExportError(
+                    f"export compressed-tensors cannot hold {name} in full precision: readers quantize all "
+                    "experts, remove it from quant.ignore"
+                )
+            refuse_experts(_scheme(layer), name)
+            schemes.setdefault(_scheme(layer), name)
+    if len(schemes) > 1:
+        first, second, *_ = schemes.values()
+        raise ExportError(
+            f"export compressed-tensors cannot hold {first} and {second} on different grids: readers take "
+            "one for all experts"
+        )
+
+
+def _routers(model: nn.Module) -> list[str]:
+    """Paths of modules that choose experts: readers may take their matrix for a linear layer's."""
+    return [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if any(isinstance(part, ExpertBank) for child in module.children() for part in child.children())
+        for name, child in module.named_children()
+        if isinstance(getattr(child, "weight", None), nn.Parameter) and not isinstance(child, nn.Linear)
+    ]
 
 
 def _scheme(layer: QuantLinear) -> Scheme:

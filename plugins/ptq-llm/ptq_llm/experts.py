@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 EACH_EXPERT = "each_expert"
+EXPERT = "expert"
+_KEPT_AS = "kept_as"
 
 
 class ExpertBank(nn.ModuleList):
@@ -24,16 +26,26 @@ class ExpertBank(nn.ModuleList):
     """
 
     def __init__(self, weight: nn.Parameter, transposed: bool) -> None:
-        super().__init__(linear(one.T.contiguous() if transposed else one, None) for one in weight)
+        weights = (one.T.contiguous() if transposed else one for one in weight)
+        super().__init__(linear(one, None, EXPERT) for one in weights)
         self.transposed = transposed
 
 
-def linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
-    """A linear layer in evaluation mode with this weight [out, in] and bias [out]."""
+def linear(weight: Tensor, bias: nn.Parameter | None, kept_as: str) -> nn.Linear:
+    """A linear layer in evaluation mode with this weight [out, in] and bias [out].
+
+    `kept_as` says what the architecture has in its place, which is what a reader of an export finds.
+    """
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
     layer.register_parameter("bias", bias)
+    setattr(layer, _KEPT_AS, kept_as)
     return layer.eval()
+
+
+def kept_as(layer: nn.Module) -> str:
+    """What an architecture has in the place of a layer: `Linear`, if nothing was changed."""
+    return str(getattr(layer, _KEPT_AS, "Linear"))
 
 
 def has_experts(module: Any) -> bool:
@@ -77,6 +89,8 @@ def call_each_expert(
         The weighted sum of the experts' outputs, [tokens, hidden].
     """
     ups = experts.gate_up_proj if experts.has_gate else experts.up_proj
+    if torch.compiler.is_exporting():
+        return _all_tokens(experts, ups, hidden_states, top_k_index, top_k_weights)
     chosen, weights = top_k_index.flatten(), top_k_weights.flatten()
     counts = chosen.bincount(minlength=len(ups)).tolist()
     places = chosen.argsort(stable=True).split(counts)  # of each expert, in tokens · k
@@ -86,6 +100,18 @@ def call_each_expert(
         output = _call(experts, ups[expert], expert, hidden_states[tokens]) * weights[rows, None]
         result.index_add_(0, tokens, output.to(result.dtype))
     return result
+
+
+def _all_tokens(
+    experts: Any, ups: nn.ModuleList, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The same with every expert called on every token: an exported graph has no sizes that depend on
+    the data."""
+    outputs = []
+    for expert, up in enumerate(ups):
+        weights = torch.where(top_k_index == expert, top_k_weights, 0).sum(-1, keepdim=True)
+        outputs.append(_call(experts, up, expert, hidden_states) * weights)
+    return torch.stack(outputs).sum(0).to(hidden_states.dtype)
 
 
 def _call(experts: Any, up: nn.Module, expert: int, x: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def _change(module: nn.Module) -> Change | None:
 
 def _conv1d(model: Any, path: str, call: Call) -> str:
     module = model.get_submodule(path)
-    layer = experts.linear(module.weight.T.contiguous(), module.bias)
+    layer = experts.linear(module.weight.T.contiguous(), module.bias, Conv1D.__name__)
     _check(path, call, layer)
     model.set_submodule(path, layer)
     return "Conv1D: now a linear layer"
@@ -105,7 +105,7 @@ def _subclass(model: Any, path: str, call: Call) -> str:
     """A subclass of `nn.Linear` may compute anything; it is replaced if it computes what that does."""
     module = model.get_submodule(path)
     kind = type(module).__name__
-    layer = experts.linear(module.weight, module.bias)
+    layer = experts.linear(module.weight, module.bias, kind)
     if not call.fits(layer) or call.difference(layer) > call.tolerance:
         return f"left: {kind} computes something else than a linear layer"
     model.set_submodule(path, layer)
