@@ -35,16 +35,19 @@ class AdaRound(Reconstruct):
 
     def block(self, block: Block, calibration: Calibration) -> None:
         layers = self.context.targets(block)
-        called = dict.fromkeys(call.path for call in self._flow.calls if call.path in layers)
+        traced = [call.path for call in self._flow.calls if call.path in layers]
+        called = dict.fromkeys([*traced, *layers])  # other samples may take another way
         outputs = calibration.record(called, exact=True, outputs=True)
         generator = self._generator(block)
         for path in called:
-            inputs = calibration.record([path], exact=self.options.inputs == "full-precision")[path]
+            found = calibration.record([path], exact=self.options.inputs == "full-precision")[path]
             layer = layers[path]
+            inputs, targets = _pairs(layer, found, outputs.pop(path, []))
             rounding = LearnedRounding(weight_rows(layer), self.nearest(path, layer, calibration))
-            problem = _problem(path, layer, rounding, inputs, outputs.pop(path), self._behind(path))
+            problem = _problem(path, layer, rounding, inputs, targets, self._behind(path))
             problem.at_once = self._at_once(Block(block.model, path), calibration)
-            self._reconstruct(problem, self.options.schedule(), generator)
+            if inputs:
+                self._reconstruct(problem, self.options.schedule(), generator)
             calibration.losses += problem.history
             self.quantize_layer(block, calibration, path, rounding.hard())
 
@@ -53,6 +56,24 @@ class AdaRound(Reconstruct):
         ops = [op for op in self._flow.ops if op.site.owner == path and op.name in LAYERS]
         readers = self._flow.consumers().get(ops[0].outputs[0], []) if ops else []
         return readers[0] if len(readers) == 1 and readers[0].name in CLIPPING else None
+
+
+@torch.no_grad()
+def _pairs(
+    layer: nn.Module, inputs: list[Tensor], outputs: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Inputs of a layer and what it should return for them, call by call, where anything reaches it.
+
+    An expert may be sent other tokens once the layers in front of it are quantized: then there are no
+    outputs of full precision for these inputs, and its own are taken.
+    """
+    linear = isinstance(layer, nn.Linear)
+    same = len(inputs) == len(outputs) and all(
+        x.shape[:-1] == y.shape[:-1] for x, y in zip(inputs, outputs, strict=True) if linear
+    )
+    wanted = outputs if same else [layer(x) for x in inputs]
+    reached = [index for index, x in enumerate(inputs) if x.numel()]
+    return [inputs[index] for index in reached], [wanted[index] for index in reached]
 
 
 def _problem(

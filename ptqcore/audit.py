@@ -186,13 +186,14 @@ def check_coverage(blocks: Sequence[Block], context: Context, least: float) -> f
 
 
 def check_reached(block: Block, calibration: Calibration, context: Context) -> None:
-    """Make sure that every layer saw enough tokens for steps that learn from them.
+    """Make sure that every linear layer saw enough tokens for steps that learn from them.
 
     Raises:
         ModelError: naming the layer that saw the fewest.
     """
-    grams = {path: calibration.gram(path) for path in context.targets(block)}
-    counts = {path: gram.count for path, gram in grams.items() if gram is not None}
+    linear = [path for path, layer in context.targets(block).items() if isinstance(layer, nn.Linear)]
+    grams = {path: calibration.gram(path) for path in linear}
+    counts = {path: 0 if gram is None else gram.count for path, gram in grams.items()}
     if not counts:
         return
     path = min(counts, key=counts.__getitem__)

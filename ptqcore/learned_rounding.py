@@ -152,7 +152,7 @@ class Reconstruct(Step):
         if not calibration.io.can_join():
             return 1
         numbers = [n for op in self._flow.ops if inside(op.site.owner, block.path) for n in op.outputs]
-        largest = max((torch.Size(self._flow.shapes[n]).numel() for n in numbers), default=1) * 4
+        largest = max([1, *(torch.Size(self._flow.shapes[n]).numel() for n in numbers)]) * 4
         return max(2, _CACHE_BYTES // largest)
 
 

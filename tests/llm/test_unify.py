@@ -309,3 +309,22 @@ def test_whole_networks_on_a_grid_leave_out_activations_that_no_token_reaches(tm
     skipped = [path for path, why in record.skipped.items() if "no calibration sample reached" in why]
     assert any(".mlp.experts:" in path for path in skipped)
     assert torch.isfinite(zoo.logits(ptqcore.load(tmp_path / "out"))).all()
+
+
+@pytest.mark.parametrize("step", ["adaround", "brecq"])
+def test_learned_rounding_of_experts(step, tmp_path):
+    """Quantized layers in front of a router send some tokens to other experts than full precision does,
+    and some experts are sent none."""
+    folder = tiny_lm.save(tmp_path / "model", "qwen3_moe", num_experts=16, num_hidden_layers=2)
+    steps, quant = [{step: {"iterations": 10, "batch": 2}}], {"min_tokens": 0}
+    record = ptqcore.quantize(tiny_lm.recipe(folder, tmp_path, quant, steps), "llm", tmp_path / "out")
+    assert len(record.layers) == 2 * (4 + 2 * 16)
+    assert torch.isfinite(zoo.logits(ptqcore.load(tmp_path / "out"))).all()
+
+
+def test_learned_rounding_wants_tokens_for_every_expert(tmp_path):
+    folder = tiny_lm.save(tmp_path / "model", "qwen3_moe", num_experts=32)
+    steps = [{"adaround": {"iterations": 20}}]
+    chosen = tiny_lm.recipe(folder, tmp_path, steps=steps, calibration_window=4, calibration_samples=1)
+    with pytest.raises(ModelError, match=r"\.experts\.\w+\.\d+' saw 0 calibration tokens, fewer than"):
+        ptqcore.quantize(chosen, "llm", tmp_path / "out")
