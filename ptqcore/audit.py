@@ -185,8 +185,14 @@ def check_coverage(blocks: Sequence[Block], context: Context, least: float) -> f
     )
 
 
-def check_reached(block: Block, calibration: Calibration, context: Context) -> None:
+def check_reached(block: Block, calibration: Calibration, context: Context, least: int) -> None:
     """Make sure that every linear layer saw enough tokens for steps that learn from them.
+
+    Args:
+        block: the block.
+        calibration: what its layers saw.
+        context: of the run.
+        least: how many tokens are enough, if the recipe does not say.
 
     Raises:
         ModelError: naming the layer that saw the fewest.
@@ -197,10 +203,11 @@ def check_reached(block: Block, calibration: Calibration, context: Context) -> N
     if not counts:
         return
     path = min(counts, key=counts.__getitem__)
-    if counts[path] < context.quant.min_tokens:
+    needed = least if context.quant.min_tokens is None else context.quant.min_tokens
+    if counts[path] < needed:
         raise ModelError(
             f"layer {path!r} saw {counts[path]} calibration tokens, fewer than quant.min_tokens "
-            f"{context.quant.min_tokens}: use more calibration samples, lower that key, or add the layer "
+            f"{needed}: use more calibration samples, lower that key, or add the layer "
             "to quant.ignore"
         )
 

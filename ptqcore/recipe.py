@@ -85,10 +85,11 @@ class QuantSection(BaseModel):
         default=None, ge=2, le=8, description="bits of the first and last layers, if not the others'"
     )
     ignore: list[str] = Field(default=[], description="globs of module paths left in full precision")
-    min_tokens: int = Field(
-        default=16,
+    min_tokens: int | None = Field(
+        default=None,
         ge=0,
-        description="calibration tokens that every linear layer must see, where a step learns from them",
+        description="calibration tokens that every linear layer must see, where a step learns from them; "
+        "null: as the task says",
     )
 
     @model_validator(mode="after")

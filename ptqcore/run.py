@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ptqcore import artifact, audit, files
 from ptqcore.activation_audit import CountClipped, between_record, input_records
+from ptqcore.attachments import describe_attachments
 from ptqcore.biases import round_biases
 from ptqcore.calibration import Calibration
 from ptqcore.dataflow import inside, tensors_in
@@ -24,7 +25,7 @@ from ptqcore.modules import QuantModule, state_bytes
 from ptqcore.placement import Edge
 from ptqcore.plan import Plan, make_plan
 from ptqcore.plugin import Registry, discover
-from ptqcore.preparation import prepare
+from ptqcore.preparation import check_exports, prepare
 from ptqcore.progress import track
 from ptqcore.recipe import Recipe
 from ptqcore.report.page import render
@@ -144,7 +145,7 @@ class _Run:
         with self.phase("prepare"):
             for step in steps:
                 step.prepare(model, self.prepared.flow, partial(self.task.forward, model, samples[0]))
-        self._check_exports(steps)
+        check_exports(self.plan, self.prepared, steps)
         quantizers = ActivationQuantizers({edge: q.spec for edge, q in context.grids.edges.items()})
         with self.phase("capture"):
             walk = self._start_walk(quantizers, any(step.needs_exact for step in steps))
@@ -168,20 +169,6 @@ class _Run:
             }
             round_biases(layers, self.prepared.flow, quantizers)
             quantizers.attach(model)
-
-    def _check_exports(self, steps: list[Step]) -> None:
-        """Refuse formats that cannot hold what the steps will attach.
-
-        Raises:
-            ExportError: naming the format and the step.
-        """
-        for step in steps:
-            for exporter in self.plan.exporters:
-                if step.attaches and not exporter.holds_attachments:
-                    raise ExportError(
-                        f"export {exporter.name} cannot hold what the step {step.name} attaches to the "
-                        f"model ({step.attaches}): remove the export, or that option of the step"
-                    )
 
     def _start_walk(self, quantizers: ActivationQuantizers, exact: bool) -> Walk:
         """Record what flows between the blocks; edges between them are calibrated on the way."""
@@ -221,7 +208,7 @@ class _Run:
             )
             targets = calibration.targets
             if not all(step.data_free for step in steps):
-                audit.check_reached(block, calibration, self.prepared.context)
+                audit.check_reached(block, calibration, self.prepared.context, self.task.min_tokens)
             for step in steps:
                 step.transform(block, calibration)
             for step in steps:
@@ -281,7 +268,17 @@ class _Run:
             )
 
     def _export(self, exporter: Exporter, model: nn.Module, staging: Path) -> ExportRecord:
-        """Write one format and read it back."""
+        """Write one format and read it back.
+
+        Raises:
+            ExportError: if the format cannot hold the model, or what it holds differs.
+        """
+        attached = describe_attachments(model)
+        if attached and not exporter.holds_attachments:
+            raise ExportError(
+                f"export {exporter.name} cannot hold {attached[0].name}, which a step that did not say so "
+                f"attached to {attached[0].path}: remove the export, or that step"
+            )
         folder = files.folder(staging / EXPORTS / exporter.name)
         with files.writing(folder):
             exporter.export(model, self.task, self.prepared.samples, folder)

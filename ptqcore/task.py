@@ -26,6 +26,8 @@ class Task(ABC):
     Options: ClassVar[type[TaskOptions]] = TaskOptions
     least_coverage: ClassVar[float] = 0.0
     """Share of the weights inside the blocks that a run must quantize, or fail."""
+    min_tokens: ClassVar[int] = 1
+    """Calibration tokens that every linear layer must see, where a step learns from them, or the run fails."""
     open_dimensions: ClassVar[Mapping[str, Mapping[int, str]]] = {}
     """Input → dimensions that may have any size, beside the batch → names of these sizes, for exports."""
     class_dimension: ClassVar[int] = 1

@@ -58,6 +58,7 @@ class CausalLM(Task):
     name = "causal-lm"
     Options = CausalLMOptions
     least_coverage = 0.95
+    min_tokens = 16
     options: CausalLMOptions
     open_dimensions: ClassVar[dict[str, dict[int, str]]] = {"input_ids": {1: "sequence"}}
     class_dimension = -1
