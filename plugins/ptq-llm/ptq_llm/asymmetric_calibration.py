@@ -1,0 +1,95 @@
+"""The step `asymmetric-calibration`: weights that give full-precision outputs from quantized inputs.
+
+Methods that quantize layer by layer aim at W x̂ for what the quantized prefix hands on, so that errors
+add up from block to block. With x from the full-precision model, the least squares
+Σ ‖W* x̂ − W x‖² + λ ‖W* − W‖² aims at what should have been (the asymmetric calibration of GPTAQ, Li et
+al., arXiv 2504.02692, section 4.1, solved for the whole weight before it is rounded).
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ptq_llm.sequence import in_sequence
+from ptqcore import Block, Calibration, Dataflow, Step, StepOptions
+
+
+class AsymmetricCalibrationOptions(StepOptions):
+    """damping: λ, as a share of the mean diagonal of the inputs' Gram: the larger, the closer weights stay
+    to what they were."""
+
+    damping: float = Field(default=0.1, gt=0)
+
+
+class AsymmetricCalibration(Step):
+    """Moves the weights of one layer after the other, in the order in which they run, while their block
+    still computes in full precision; layers that no token reaches stay as they are."""
+
+    name = "asymmetric-calibration"
+    Options: ClassVar[type[StepOptions]] = AsymmetricCalibrationOptions
+    options: AsymmetricCalibrationOptions
+    stage = "transform"
+    needs_exact = True
+
+    def prepare(self, model: nn.Module, flow: Dataflow, run: Callable[[], object]) -> None:
+        """Keep the map: it says which layers of a block come before which."""
+        self._flow = flow
+
+    def transform(self, block: Block, calibration: Calibration) -> None:
+        targets = self.context.targets(block)
+        stages = [self._sharing(calibration, paths) for paths in in_sequence(self._flow, block, targets)]
+        exact = calibration.record([paths[0] for stage in stages for paths in stage], exact=True)
+        for stage in stages:
+            calibration.changed()
+            inputs = calibration.record([paths[0] for paths in stage])
+            for paths in stage:
+                wanted, found, gram = exact.pop(paths[0], []), inputs[paths[0]], calibration.gram(paths[0])
+                if gram is None or not _same_tokens(wanted, found):
+                    continue
+                cross = cross_products(calibration, wanted, found)
+                moving = correction(gram.matrix, cross, self.options.damping)
+                for path in paths:
+                    _move(targets[path], moving)
+        calibration.changed()
+
+    def _sharing(self, calibration: Calibration, paths: list[str]) -> list[list[str]]:
+        """Layers by the tensor that they read."""
+        found: dict[int, list[str]] = defaultdict(list)
+        for path in paths:
+            found[id(calibration.gram(path))].append(path)
+        return list(found.values())
+
+
+def _move(layer: nn.Module, moving: Tensor) -> None:
+    weight = layer.get_parameter("weight").data
+    moved = weight.float() + weight.float() @ moving
+    layer.register_parameter("weight", nn.Parameter(moved.to(weight.dtype), requires_grad=False))
+
+
+def _same_tokens(exact: list[Tensor], inputs: list[Tensor]) -> bool:
+    """Whether the same tokens came in both streams (a router may send others to an expert)."""
+    shapes = [[x.shape for x in stream] for stream in (exact, inputs)]
+    return shapes[0] == shapes[1] and sum(x.numel() for x in inputs) > 0
+
+
+def cross_products(calibration: Calibration, exact: list[Tensor], inputs: list[Tensor]) -> Tensor:
+    """XᵀX̂ [channels, channels] over the tokens that count, of all samples."""
+    total: Any = 0.0
+    for sample, (x, other) in enumerate(zip(exact, inputs, strict=True)):
+        rows, others = calibration.counted(x, sample), calibration.counted(other, sample)
+        total = total + rows.float().T @ others.float()
+    return total
+
+
+def correction(gram: Tensor, cross: Tensor, damping: float) -> Tensor:
+    """(XᵀX̂ − H)(H + λ)⁻¹ [channels, channels] for H = X̂ᵀX̂: W times it is what is added to W."""
+    added = damping * float(gram.diagonal().mean())
+    matrix = gram.double()
+    difference = cross.double() - matrix
+    matrix.diagonal().add_(added)
+    lower = torch.linalg.cholesky(matrix)
+    return torch.cholesky_solve(difference.T, lower).T.float()
