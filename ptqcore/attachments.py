@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from ptqcore.errors import ArtifactError
+from ptqcore.errors import ArtifactError, ModelError
 
 CHILD = "attachments"
 
@@ -61,13 +61,6 @@ class Attachments(nn.ModuleList):
         """Each with its place."""
         return zip(self.places, self, strict=True)  # type: ignore[arg-type]
 
-    def apply_to(self, place: Place, x: Any) -> Any:
-        """x after all attachments of a place."""
-        for where, attachment in self.items():
-            if where == place:
-                x = attachment(x)
-        return x
-
 
 def attach(module: nn.Module, attachment: Attachment, place: Place = "input") -> None:
     """Compute an attachment on a module's first or second positional input, or on its output tensor,
@@ -96,19 +89,26 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
             attach(new, attachment, place)
 
 
-def _change_inputs(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    attachments = attachments_of(module)
-    if attachments is None or set(attachments.places) == {"output"}:
-        return None
-    first, *others = args
-    if others:
-        others[0] = attachments.apply_to("second input", others[0])
-    return (attachments.apply_to("input", first), *others)
+def _change_inputs(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    changed = list(args)
+    for place, attachment in attachments_of(module).items():  # type: ignore[union-attr]
+        if place == "output":
+            continue
+        position = ("input", "second input").index(place)
+        if position >= len(changed):
+            raise ModelError(
+                f"{attachment.name} changes the {place} of a {type(module).__name__}, which is called "
+                "without that as a positional argument: leave out what attaches it"
+            )
+        changed[position] = attachment(changed[position])
+    return tuple(changed)
 
 
 def _change_output(module: nn.Module, args: Any, output: Any) -> Any:
-    attachments = attachments_of(module)
-    return None if attachments is None else attachments.apply_to("output", output)
+    for place, attachment in attachments_of(module).items():  # type: ignore[union-attr]
+        if place == "output":
+            output = attachment(output)
+    return output
 
 
 def describe_attachments(module: nn.Module, prefix: str = "") -> list[AttachmentEntry]:

@@ -18,6 +18,7 @@ from ptqcore import (
     ModelError,
     QuantizedTensor,
     QuantModule,
+    RecipeError,
     Step,
     StepOptions,
     track,
@@ -50,6 +51,11 @@ class LowRank(Step):
 
     def __init__(self, options: LowRankOptions, context: Context) -> None:
         super().__init__(options, context)
+        if context.quant.scope == "dataflow" and context.quant.activations is not None:
+            raise RecipeError(
+                "recipe key 'quant.scope' is 'dataflow', but low-rank learns with the inputs of layers "
+                "rounded: set it to layers"
+            )
         self.span = options.blocks
         self._corrections: dict[str, Correction] = {}
 

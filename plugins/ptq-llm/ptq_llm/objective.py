@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ptq_llm.groups import FlowQuestions, Group
+from ptq_llm.flow_questions import FlowQuestions
+from ptq_llm.groups import Group
 from ptq_llm.simulation import input_rounding, rounded
 from ptqcore import Calibration, Context
 
@@ -54,7 +55,7 @@ class Objective:
         at = questions.parent([*group.consumers, *self._sinks], block) if self._sinks else ""
         self._alone = not self._sinks
         if self._alone:
-            self._inputs = calibration.record(group.consumers)
+            self._inputs = self._record_inputs()
             return
         self._parent = self._model.get_submodule(at)
         self._calls = self._record_parent()
@@ -83,8 +84,7 @@ class Objective:
             new = rounded(change.weight(weight), self._context.grids.weights(path).spec)
             moved = change.bias(weight, bias)
             error = energy = 0.0
-            for sample, x in enumerate(self._inputs[path]):
-                rows = self.calibration.counted(x, sample)
+            for rows in self._inputs[path]:
                 wanted = nn.functional.linear(rows, weight, bias)
                 found = nn.functional.linear(rounding(change.inputs(rows)), new, moved)
                 error += float((found - wanted).double().square().sum())
@@ -120,10 +120,25 @@ class Objective:
         return layer.register_forward_pre_hook(lambda _, args: (rounding(change.inputs(args[0])),))
 
     def _rounding(self, path: str, change: Change) -> Callable[[Tensor], Tensor]:
-        gram = self.calibration.gram(path)
-        if gram is None or not gram.count:
-            return lambda x: x
-        return input_rounding(self._context, path, gram.low, gram.high, change.inputs)
+        return input_rounding(self._context, self.calibration, path, change.inputs)
+
+    def _record_inputs(self) -> dict[str, list[Tensor]]:
+        """What flows into the layers over all samples, tokens that count alone, [tokens, channels]."""
+        found: dict[str, list[Tensor]] = {path: [] for path in self._layers}
+        sample = 0
+
+        def note(path: str) -> Callable[..., None]:
+            return lambda _, args: found[path].append(self.calibration.counted(args[0], sample).clone())
+
+        handles = [self._model.get_submodule(p).register_forward_pre_hook(note(p)) for p in self._layers]
+        io = self.calibration.io
+        try:
+            for sample in range(len(io)):
+                io.run_sample(sample)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
 
     def _record_parent(self) -> list[tuple[Any, Any]]:
         """What the module around the group and what it leads to is called with, for every sample."""

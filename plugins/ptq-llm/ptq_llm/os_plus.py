@@ -18,8 +18,8 @@ class OSPlusOptions(ScaleOptions):
     """shift: whether channels are centred: `auto`, where norm and layers have biases to hold the offsets;
     `true` gives biases to all, and an offset behind norms that have none (RMSNorm); never where other
     parameters (the router of experts) read the channels. thresholds, refinements: values of the
-    threshold tried from the largest magnitude down to a quarter of the median, evenly in its logarithm,
-    and then around the best."""
+    threshold tried from the largest magnitude, which scales nothing, down to a quarter of the median,
+    evenly in its logarithm, and then around the best."""
 
     groups: Literal["norms", "all"] = "all"
     shift: Literal["auto"] | bool = "auto"
@@ -56,13 +56,15 @@ class OSPlus(ScaleStep):
         return best
 
     def shifts(self, group: Group, block: Block) -> bool:
-        if self.options.shift is False or group.kind == "linear" or group.others:
-            return False
-        if self.options.shift is True:
-            return True
-        paths = [*group.consumers, *([group.producer] if group.producer else [])]
-        modules = [block.model.get_submodule(path) for path in paths]
-        return all(module._parameters.get("bias") is not None for module in modules)
+        return may_shift(group, block, self.options.shift)
+
+
+def may_shift(group: Group, block: Block, wanted: Literal["auto"] | bool) -> bool:
+    """Whether the offsets of a group can be moved, `wanted` as of `OSPlusOptions.shift`."""
+    if wanted is False or group.kind == "linear" or group.others:
+        return False
+    modules = [block.model.get_submodule(path) for path in group.layers]
+    return wanted is True or all(module._parameters.get("bias") is not None for module in modules)
 
 
 def centre(low: Tensor, high: Tensor) -> Tensor:

@@ -10,15 +10,49 @@ attend to nothing but themselves.
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from ptqcore import BlockIO
+from ptqcore import Block, BlockIO, tensors_in
 
 _MOST_SAMPLES = 3
 _SPREAD = 2.0  # the factors lie between 1/2 and 2
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Unreached(Exception):  # noqa: N818 - an answer, not an error
+    """So few tokens reach a layer that probing it proves nothing."""
+
+
+@contextmanager
+def in_float32(block: Block) -> Iterator[None]:
+    """Compute a block of half precision in float32: ratios of its values then say something.
+
+    Its parameters, buffers and floating inputs are copies while this lasts.
+    """
+    kept = [
+        (tensor, tensor.data)
+        for tensor in chain(block.module.parameters(), block.module.buffers())
+        if tensor.dtype in _HALF
+    ]
+
+    def widen(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        return tree_map_only(Tensor, lambda x: x.float() if x.dtype in _HALF else x, (args, kwargs))
+
+    handle = block.module.register_forward_pre_hook(widen, with_kwargs=True)
+    try:
+        for tensor, data in kept:
+            tensor.data = data.float()
+        yield
+    finally:
+        handle.remove()
+        for tensor, data in kept:
+            tensor.data = data
 
 
 def channel_map(io: BlockIO, producer: str, consumer: str) -> Tensor | None:
@@ -28,13 +62,14 @@ def channel_map(io: BlockIO, producer: str, consumer: str) -> Tensor | None:
         io: the inputs of the block that holds both layers.
         producer: path of a linear layer.
         consumer: path of a linear layer that runs after it.
+
+    Raises:
+        Unreached: if fewer than two tokens reach the consumer.
     """
     first = io.block.model.get_submodule(producer)
     count = first.get_parameter("weight").shape[0]
     factors = _factors(count)
     plain = _inputs(io, producer, consumer, torch.ones(count))
-    if plain is None:
-        return None
     rows = torch.full((plain.all.shape[-1],), -1)
     for chosen in _subsets(count, fused=count > len(rows)):
         used = torch.where(chosen, factors, torch.ones(count))
@@ -73,7 +108,7 @@ def _subsets(count: int, fused: bool) -> Iterator[Tensor]:
         yield ~has
 
 
-def _inputs(io: BlockIO, producer: str, consumer: str, factors: Tensor) -> _Seen | None:
+def _inputs(io: BlockIO, producer: str, consumer: str, factors: Tensor) -> _Seen:
     """What the consumer reads while the producer's outputs are multiplied."""
     model = io.block.model
     first, second = model.get_submodule(producer), model.get_submodule(consumer)
@@ -92,13 +127,15 @@ def _inputs(io: BlockIO, producer: str, consumer: str, factors: Tensor) -> _Seen
     finally:
         for handle in handles:
             handle.remove()
-    return _Seen(seen) if sum(x.shape[:-1].numel() for x in seen) > 1 else None  # one token proves nothing
+    if sum(x.shape[:-1].numel() for x in seen) < 2:
+        raise Unreached
+    return _Seen(seen)
 
 
-def _match(plain: _Seen, changed: _Seen | None, factors: Tensor, chosen: Tensor) -> Tensor:
+def _match(plain: _Seen, changed: _Seen, factors: Tensor, chosen: Tensor) -> Tensor:
     """The row of each channel [channels], −1 where none is found."""
     none = torch.full((plain.all.shape[-1],), -1)
-    if changed is None or changed.all.shape != plain.all.shape:
+    if changed.all.shape != plain.all.shape:
         return none
     found = _matching(plain.all, changed.all, factors, chosen)
     if len(plain.first) < 2:
@@ -133,3 +170,28 @@ def _filled(rows: Tensor, plain: _Seen) -> Tensor | None:
     channels = torch.arange(len(rows))
     offsets = (rows - channels)[~dead]
     return channels + offsets[0] if bool((offsets == offsets[0]).all()) else None
+
+
+@torch.no_grad()
+def has_unit_offset(io: BlockIO, norm: str) -> bool:
+    """Whether a norm multiplies by 1 + weight: a weight of 0 does not silence it.
+
+    Args:
+        io: the inputs of the block that holds the norm.
+        norm: its path.
+    """
+    module, seen = io.block.model.get_submodule(norm), []
+    parameters = [module._parameters[name] for name in ("weight", "bias") if name in module._parameters]
+    kept = [(tensor, tensor.data) for tensor in parameters if tensor is not None]
+    handle = module.register_forward_hook(
+        lambda _, args, output: seen.append(tensors_in(output)[0].abs().max())
+    )
+    try:
+        for tensor, data in kept:
+            tensor.data = torch.zeros_like(data)
+        io.run_sample(0)
+    finally:
+        handle.remove()
+        for tensor, data in kept:
+            tensor.data = data
+    return any(bool(largest > 0) for largest in seen)

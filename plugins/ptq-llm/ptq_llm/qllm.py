@@ -7,69 +7,64 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ptq_llm.groups import Finder, Group
+from ptq_llm.group_step import GroupOptions, GroupStep
+from ptq_llm.groups import Group
 from ptq_llm.objective import Objective
 from ptq_llm.os_plus import thresholds
 from ptq_llm.reassembly import Reassemble, Reassembly, distances, parts, reassemble
 from ptq_llm.scaling import ChannelStatistics
 from ptq_llm.simulation import Simulation
-from ptqcore import Block, Calibration, Dataflow, Step, StepOptions, attach
+from ptqcore import Block, Calibration, Dataflow, StepOptions, attach
 
 
-class ReassembleOptions(StepOptions):
+class ReassembleOptions(GroupOptions):
     """ratio: channels that are added by taking others apart, at most, as a share of all (γ); thresholds:
-    values of θ tried, from the largest magnitude down to a quarter of the median."""
+    values of θ tried, from the largest magnitude down to a quarter of the median. skip: globs of layers
+    whose inputs are left alone."""
 
     ratio: float = Field(default=0.2, gt=0, le=0.5)
     thresholds: int = Field(default=16, ge=2)
 
 
-class ChannelReassembly(Step):
+class ChannelReassembly(GroupStep):
     """Searches θ for the inputs of all layers but those behind attention; leaving them is a candidate.
 
-    The same split and merge is tried and applied. What makes the channels is not changed: norms get a
-    gather behind them, other inputs one in front of the layers, at run time.
+    The same split and merge is tried and applied. Where a linear layer makes the channels and nothing
+    computes with them on the way, its rows are split and merged. Norms get a gather behind them, other
+    inputs one in front of the layers, at run time.
     """
 
     name = "reassemble"
     Options: ClassVar[type[StepOptions]] = ReassembleOptions
     options: ReassembleOptions
-    stage = "transform"
-    attaches = "channels gathered at run time"
 
     def prepare(self, model: nn.Module, flow: Dataflow, run: Callable[[], object]) -> None:
-        self._finder = Finder(model, flow)
+        super().prepare(model, flow, run)
+        if any(not group.direct for group in self.groups_of_model()):
+            self.attaches = "channels gathered at run time"
+
+    def choose(self, candidates: list[Group]) -> list[Group]:
+        found = (group for group in candidates if group.kind != "linear" or group.direct)
+        return [group for group in found if not group.behind_attention]
 
     def transform(self, block: Block, calibration: Calibration) -> None:
-        order = self._finder.map.order
-        layers = sorted((path for path in block.layers() if path in order), key=order.__getitem__)
+        groups = self.groups(block, calibration)
         with Simulation(block, calibration, self.context) as simulation:
-            for group in self._groups(block, calibration):
-                before = [path for path in layers if order[path] < order[group.consumers[0]]]
-                simulation.add(path for path in before if path not in group.consumers)
-                calibration.changed()
+            for group in groups:
+                with simulation.paused():
+                    if not self.keeps_function(group, block, calibration):
+                        continue
+                simulation.add(self.finder.map.before(group.consumers, block))
                 change = self._search(group, block, calibration)
                 if change is not None and not change.is_identity:
                     with simulation.paused():
                         apply(block, group, change)
+                calibration.changed()
         calibration.changed()
-
-    def _groups(self, block: Block, calibration: Calibration) -> list[Group]:
-        """Layers that read the same channels, each once, but those behind attention."""
-        candidates = self._finder.candidates(block, calibration.io)
-        order = ("norm", "linear", "shared")
-        taken: set[str] = set()
-        chosen = []
-        for group in sorted(candidates, key=lambda group: order.index(group.kind)):
-            if taken.isdisjoint(group.consumers) and not group.behind_attention:
-                chosen.append(group)
-            taken.update(group.consumers)
-        place = self._finder.map.order
-        return sorted(chosen, key=lambda group: place[group.consumers[0]])
 
     def _search(self, group: Group, block: Block, calibration: Calibration) -> Reassembly | None:
         statistics = ChannelStatistics.of(group, block, calibration)
-        objective = Objective(calibration, self.context, group, self._finder.map)
+        objective = Objective(calibration, self.context, group, self.finder.map)
         if statistics is None or not objective.layers:
             return None
         grams = {id(gram): gram.matrix for path in group.consumers if (gram := calibration.gram(path))}
@@ -96,15 +91,23 @@ class ChannelReassembly(Step):
 
 @torch.no_grad()
 def apply(block: Block, group: Group, change: Reassembly) -> None:
-    """Give a group's layers the weights for new channels, and attach what makes these."""
+    """Give a group's layers the weights for new channels, and make what flows into them: in the rows of a
+    linear layer, or in what is attached behind a norm or in front of the layers."""
     model = block.model
     for path in group.consumers:
         layer = model.get_submodule(path)
-        weight = layer.get_parameter("weight")
-        layer.register_parameter("weight", nn.Parameter(change.weight(weight), requires_grad=False))
-    made = [Reassemble.of(change, weight.device)]
-    if group.kind == "norm" and not group.others:
-        attach(model.get_submodule(group.producer), made[0], "output")
-        return
-    for path in group.consumers:
-        attach(model.get_submodule(path), Reassemble.of(change, weight.device))
+        _set(layer, "weight", change.weight(layer.get_parameter("weight")))
+    device = layer.get_parameter("weight").device
+    if group.direct:
+        producer = model.get_submodule(group.producer)
+        for name, parameter in list(producer.named_parameters(recurse=False)):
+            _set(producer, name, change.inputs(parameter.double().T).T.to(parameter.dtype))
+    elif group.kind == "norm" and not group.others:
+        attach(model.get_submodule(group.producer), Reassemble.of(change, device), "output")
+    else:
+        for path in group.consumers:
+            attach(model.get_submodule(path), Reassemble.of(change, device))
+
+
+def _set(layer: nn.Module, name: str, value: Tensor) -> None:
+    layer.register_parameter(name, nn.Parameter(value.contiguous(), requires_grad=False))

@@ -2,6 +2,11 @@
 
 x̃ = (x − z) / s flows instead of x; consumers become W̃ = W·s and b̃ = b + W z (Outlier Suppression+,
 arXiv 2304.09145, eq. 2–4), so that the function stays.
+
+Where a residual reads the output of a norm too (post-norm models, BERT), the paper lets the norm emit
+x̃ and gives the residual x̃·s + z. Here the norm stays and each layer that reads it gets x̃ through an
+attachment: the same function at the same cost, one multiply-add a channel, and the residual is never
+rounded.
 """
 
 from dataclasses import dataclass
@@ -11,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq_llm.groups import Group
+from ptq_llm.probing import in_float32
 from ptqcore import Attachment, Block, BlockIO, attach, attachments_of, relative_difference, tensors_in
 
 TOLERANCE = 1e-5
@@ -112,6 +118,9 @@ def rescale(block: Block, group: Group, change: Rescaling) -> None:
 
 def _rescale_norm(norm: nn.Module, change: Rescaling, unit_offset: bool) -> None:
     weight, bias = norm.get_parameter("weight"), norm._parameters.get("bias")
+    if attachments_of(norm):  # an earlier step's, which the gain is in front of
+        attach(norm, Affine.of(change.scale, change.shift, weight), "output")
+        return
     gain = weight.double() + 1 if unit_offset else weight.double()
     gain = gain / change.scale.to(weight.device)
     _set(norm, "weight", (gain - 1 if unit_offset else gain).to(weight.dtype))
@@ -149,17 +158,43 @@ def _set_bias(layer: Any, bias: Tensor | None) -> None:
 
 @torch.no_grad()
 def check(block: Block, io: BlockIO, group: Group, shift: bool) -> float:
-    """max|y' − y| / max|y| of the block's output on a sample, with random factors in [1/2, 2], and random
-    offsets if `shift`; the block stays as it was."""
+    """max|y' − y| / max|y| of the block's output, with random factors in [1/2, 2], and random offsets if
+    `shift`, for the first sample that reaches the group's layers; computed in float32 at least.
+
+    The block stays as it was.
+    """
     change = _random(block, group, shift)
-    kept = _Kept(block, group)
-    expected = io.run_sample(0)
-    rescale(block, group, change)
-    try:
-        found = io.run_sample(0)
-    finally:
-        kept.restore()
+    with in_float32(block):
+        kept = _Kept(block, group)
+        sample, expected = _reaching(io, group)
+        try:
+            rescale(block, group, change)
+            found = io.run_sample(sample)
+        finally:
+            kept.restore()
     return relative_difference(tensors_in(expected), tensors_in(found))
+
+
+def _reaching(io: BlockIO, group: Group) -> tuple[int, Any]:
+    """The first sample in which tokens flow into the group's layers, else the last, and the block's
+    output."""
+    tokens = 0
+
+    def note(_: nn.Module, args: Any) -> None:
+        nonlocal tokens
+        tokens += args[0].numel()
+
+    layers = [io.block.model.get_submodule(path) for path in group.consumers]
+    handles = [layer.register_forward_pre_hook(note) for layer in layers]
+    try:
+        for sample in range(len(io)):
+            output = io.run_sample(sample)
+            if tokens:
+                break
+        return sample, output
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _random(block: Block, group: Group, shift: bool) -> Rescaling:
@@ -179,17 +214,12 @@ def _per_row(values: Tensor, rows: Tensor) -> Tensor:
     return per_row[rows]
 
 
-def tolerance(dtype: torch.dtype) -> float:
-    """The largest difference that rounding explains: 1e-5 in float32, more in shorter types."""
-    return TOLERANCE * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
-
-
 class _Kept:
     """Parameters and attachments of all modules of a group, to be put back."""
 
     def __init__(self, block: Block, group: Group) -> None:
-        names = {group.producer, *group.consumers, *(name.rpartition(".")[0] for name in group.others)}
-        modules = [block.model.get_submodule(name) for name in names if name]
+        names = {*group.layers, *(name.rpartition(".")[0] for name in group.others)}
+        modules = [block.model.get_submodule(name) for name in names]
         self._parameters = [(module, dict(module._parameters)) for module in modules]
         self._attached = [(module, len(attachments_of(module) or ())) for module in modules]
         self._new = [(module, getattr(module, "has_new_bias", False)) for module in modules]

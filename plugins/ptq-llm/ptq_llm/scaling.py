@@ -8,19 +8,21 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ptq_llm.groups import Finder, Group
+from ptq_llm.group_step import GroupOptions, GroupStep
+from ptq_llm.groups import Group
 from ptq_llm.objective import Objective
-from ptq_llm.rescale import Rescaling, check, rescale, tolerance
+from ptq_llm.rescale import Rescaling, rescale
 from ptq_llm.simulation import Simulation
-from ptqcore import Block, Calibration, Dataflow, Gram, Step, StepOptions, say
+from ptqcore import Block, Calibration, Dataflow, Gram, StepOptions
 
 Groups = Literal["norms", "all"]
 
 
-class ScaleOptions(StepOptions):
+class ScaleOptions(GroupOptions):
     """groups: which channels get factors: those that norms make, or also those that are rows of a linear
     layer (v → o, up → down). online: whether channels of a norm that others read too (residuals behind
-    the norm, as in BERT) get theirs in front of each layer, at run time."""
+    the norm, as in BERT) get theirs in front of each layer, at run time. skip: globs of layers whose
+    groups are left alone."""
 
     groups: Groups = "norms"
     online: bool = True
@@ -75,69 +77,60 @@ def _mean_magnitude(grams: Iterable[Gram]) -> Tensor:
     return total / sum(gram.count for gram in distinct)
 
 
-class ScaleStep(Step):
-    """Finds the groups of every block, checks each, searches its factors, and moves them into weights.
-
-    Groups are searched in the order in which they run, everything before them rounded as the recipe
-    says. A group that does not keep the function under random factors is left alone, which is said.
-    """
+class RescalingStep(GroupStep):
+    """Gives channels factors; the options say which."""
 
     Options: ClassVar[type[StepOptions]] = ScaleOptions
     options: ScaleOptions
-    stage = "transform"
-
-    @abstractmethod
-    def search(self, group: Group, statistics: ChannelStatistics, objective: Objective) -> Rescaling:
-        """The factors of one group."""
 
     def prepare(self, model: nn.Module, flow: Dataflow, run: Callable[[], object]) -> None:
-        self._finder = Finder(model, flow)
-        self._refused: set[str] = set()
+        super().prepare(model, flow, run)
+        whole, added = Block(model, ""), set()
+        for group in self.groups_of_model():
+            if group.kind == "shared":
+                added.add("factors in front of layers that read a norm beside a residual")
+            bare = [
+                path for path in group.layers if model.get_submodule(path)._parameters.get("bias") is None
+            ]
+            if bare and self.shifts(group, whole):
+                added.add("biases of layers and norms that have none")
+        self.attaches = ", ".join(sorted(added))
 
-    def transform(self, block: Block, calibration: Calibration) -> None:
-        order = self._finder.map.order
-        layers = sorted((path for path in block.layers() if path in order), key=order.__getitem__)
-        with Simulation(block, calibration, self.context) as simulation:
-            for group in self._groups(block, calibration):
-                before = [path for path in layers if order[path] < order[group.consumers[0]]]
-                with simulation.paused():
-                    if not self._keeps_function(group, block, calibration):
-                        continue
-                simulation.add(path for path in before if path not in group.consumers)
-                calibration.changed()
-                statistics = ChannelStatistics.of(group, block, calibration)
-                objective = Objective(calibration, self.context, group, self._finder.map)
-                if statistics is None or not objective.layers:
-                    continue
-                change = self.search(group, statistics, objective)
-                with simulation.paused():
-                    rescale(block, group, change)
-        calibration.changed()
-
-    def shifts(self, group: Group, block: Block) -> bool:
-        """Whether the step may move offsets of a group, too."""
-        return False
-
-    def _groups(self, block: Block, calibration: Calibration) -> list[Group]:
-        """The groups that the options name; a layer is in one of them."""
+    def choose(self, candidates: list[Group]) -> list[Group]:
         kinds = ["norm", "linear"] if self.options.groups == "all" else ["norm"]
-        candidates = self._finder.candidates(block, calibration.io)
         chosen = [group for group in candidates if group.kind in kinds]
         if self.options.online:
             taken = {path for group in chosen for path in group.consumers}
             shared = [g for g in candidates if g.kind == "shared" and g.behind_norm]
             chosen += [group for group in shared if taken.isdisjoint(group.consumers)]
-        order = self._finder.map.order
-        return sorted(chosen, key=lambda group: order[group.consumers[0]])
+        return chosen
 
-    def _keeps_function(self, group: Group, block: Block, calibration: Calibration) -> bool:
-        error = check(block, calibration.io, group, self.shifts(group, block))
-        dtype = block.model.get_submodule(group.consumers[0]).get_parameter("weight").dtype
-        if error <= tolerance(dtype):
-            return True
-        if group.name not in self._refused:
-            self._refused.add(group.name)
-            say(
-                f"{self.name}: {group.name} is left alone, for rescaling it changes the output by {error:.2g}"
-            )
-        return False
+
+class ScaleStep(RescalingStep):
+    """Searches the factors of every group, and moves them into weights.
+
+    Groups are searched in the order in which they run, everything before them rounded as the recipe
+    says.
+    """
+
+    @abstractmethod
+    def search(self, group: Group, statistics: ChannelStatistics, objective: Objective) -> Rescaling:
+        """The factors of one group."""
+
+    def transform(self, block: Block, calibration: Calibration) -> None:
+        groups = self.groups(block, calibration)
+        with Simulation(block, calibration, self.context) as simulation:
+            for group in groups:
+                with simulation.paused():
+                    if not self.keeps_function(group, block, calibration):
+                        continue
+                simulation.add(self.finder.map.before(group.consumers, block))
+                statistics = ChannelStatistics.of(group, block, calibration)
+                objective = Objective(calibration, self.context, group, self.finder.map)
+                if statistics is None or not objective.layers:
+                    continue
+                change = self.search(group, statistics, objective)
+                with simulation.paused():
+                    rescale(block, group, change)
+                calibration.changed()
+        calibration.changed()

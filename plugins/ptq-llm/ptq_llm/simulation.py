@@ -20,23 +20,27 @@ def rounded(weight: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def input_rounding(
-    context: Context, path: str, low: Tensor, high: Tensor, change: TensorFunction
+    context: Context, calibration: Calibration, path: str, change: TensorFunction = lambda x: x
 ) -> TensorFunction:
     """What rounds the changed input of a layer: nothing where inputs stay in floating point.
 
     Args:
         context: of the run.
+        calibration: a static range covers the extremes that it knows of every channel, changed.
         path: the layer.
-        low, high: its input's smallest and largest values per channel [channels], before the change.
-        change: what is done to the input; a static range covers the changed extremes.
+        change: what is done to the input.
     """
     quant = context.grids.inputs(path)
     if quant is None:
         return lambda x: x
     quantizer = FakeQuant(quant.spec)
-    if not quant.dynamic:
-        ends = change(torch.stack([low, high]))
-        quantizer.set_range(ends.min().clamp(max=0), ends.max().clamp(min=0))
+    if quant.dynamic:
+        return quantizer
+    gram = calibration.gram(path)
+    if gram is None or not gram.count:
+        return lambda x: x
+    ends = change(torch.stack([gram.low, gram.high]))
+    quantizer.set_range(ends.min().clamp(max=0), ends.max().clamp(min=0))
     return quantizer
 
 
@@ -45,7 +49,7 @@ class Simulation:
 
     def __init__(self, block: Block, calibration: Calibration, context: Context) -> None:
         self._block, self._calibration, self._context = block, calibration, context
-        self._added: list[str] = []
+        self._added: dict[str, TensorFunction] = {}
         self._weights: dict[str, nn.Parameter] = {}
         self._handles: list[Any] = []
 
@@ -58,12 +62,17 @@ class Simulation:
         self._stop()
 
     def add(self, paths: Iterable[str]) -> None:
-        """Compute these layers as if quantized too, those of them that are to be."""
+        """Compute these layers as if quantized too, those of them that are to be; statistics of layers
+        behind them are to be collected anew.
+
+        Static ranges of inputs are those that the statistics have now.
+        """
         targets = self._context.targets(self._block)
-        for path in paths:
-            if path in targets and path not in self._added:
-                self._added.append(path)
-                self._start(path)
+        new = [path for path in paths if path in targets and path not in self._added]
+        self._added |= {path: input_rounding(self._context, self._calibration, path) for path in new}
+        for path in new:
+            self._start(path)
+        self._calibration.changed()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -76,15 +85,11 @@ class Simulation:
                 self._start(path)
 
     def _start(self, path: str) -> None:
-        layer = self._block.model.get_submodule(path)
-        gram = self._calibration.gram(path)
+        layer, rounding = self._block.model.get_submodule(path), self._added[path]
         weight = layer.get_parameter("weight")
         self._weights[path] = weight
         spec = self._context.grids.weights(path).spec
         layer._parameters["weight"] = nn.Parameter(rounded(weight, spec), requires_grad=False)
-        if gram is None or not gram.count:
-            return
-        rounding = input_rounding(self._context, path, gram.low, gram.high, lambda x: x)
         self._handles.append(layer.register_forward_pre_hook(lambda _, args: (rounding(args[0]),)))
 
     def _stop(self) -> None:
