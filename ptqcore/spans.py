@@ -44,6 +44,7 @@ class SpanWalk:
         self._steps, self._journal = steps, journal
         self._quantizers, self._quantize = quantizers, quantize
         self._size = max((step.span for step in steps), default=1)
+        self._finishes = any(type(step).finish_span is not Step.finish_span for step in steps)
 
     def __len__(self) -> int:
         return len(self._walk.blocks)
@@ -69,7 +70,7 @@ class SpanWalk:
         return result
 
     def _quantized(self, indices: Sequence[int]) -> list[BlockResult]:
-        if self._size > 1:
+        if self._finishes:
             self._walk.hold()
         results = []
         for _ in indices:
@@ -78,7 +79,7 @@ class SpanWalk:
             result, outputs = self._quantize(io, self._steps, self._quantizers, exact)
             self._walk.advance(outputs, exact)
             results.append(result)
-        if self._size > 1:
+        if self._finishes:
             losses = self._finish(indices, Chain(len(io), self._walk.chain, exact or []))
             last = results[-1].block
             last = replace(last, losses=thinned([*last.losses, *losses]))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.utils._pytree import tree_unflatten
 
 from ptqcore import edges
@@ -60,6 +61,15 @@ class BlockIO:
         args, kwargs = self.tapes[sample].arguments(self.nodes[sample], exact, copy=True)
         with edges.applying(self.block.module, self.block.path, self.functions):
             return self.block.module(*args, **kwargs)
+
+    def compute(self, sample: int, parameters: Mapping[str, Tensor], exact: bool = False) -> Any:
+        """The output of the block for one sample with other parameters, by their paths in the model;
+        differentiable in them."""
+        args, kwargs = self.tapes[sample].arguments(self.nodes[sample], exact, copy=True)
+        start = len(self.block.path) + 1 if self.block.path else 0
+        named = {path[start:]: value for path, value in parameters.items()}
+        with edges.applying(self.block.module, self.block.path, self.functions):
+            return functional_call(self.block.module, named, args, kwargs)
 
     def run_tensors(self, exact: bool = False) -> list[list[Tensor]]:
         """Outputs of the block as it now is: the tensors of every sample's output."""
@@ -127,6 +137,15 @@ class BlockIO:
 Calibrate = Callable[[Edge, list[Tensor]], TensorFunction]
 
 
+@dataclass
+class _Held:
+    """Where a walk is held: its place, and copies of what flows there, for every sample."""
+
+    position: int
+    done: int
+    streams: list[dict[int, Tensor]]
+
+
 class Walk:
     """Replays a model block by block: `for io in walk: …; walk.advance(outputs)`.
 
@@ -161,8 +180,8 @@ class Walk:
         self._between: Mapping[Site, list[tuple[Edge, Calibrate]]] = edges.by_site(between)  # type: ignore[arg-type, assignment]
         self._tapes = self._capture_all(samples, forward, between)
         self._check()
-        self._position = self._done = 0
-        self._held: tuple[int, int] | None = None
+        self._position = self._done = self._furthest = 0
+        self._held: _Held | None = None
 
     def __iter__(self) -> Iterator[BlockIO]:
         """The inputs of each block in turn; the caller must `advance` with the block's outputs."""
@@ -173,22 +192,29 @@ class Walk:
 
     def hold(self) -> None:
         """Keep what flows from here on, so that the walk can come back: `chain` and `rewind`."""
-        self._held = (self._position, self._done)
+        streams = [
+            {number: self._store.keep(tensor.clone()) for number, tensor in tape.flowing.items()}
+            for tape in self._tapes
+        ]
+        self._held = _Held(self._position, self._done, streams)
 
     def rewind(self) -> None:
-        """Go back to where the walk was held, and hold no longer: the blocks are walked again."""
+        """Go back to where the walk was held, and hold no longer: the blocks are walked again, in the
+        quantized stream alone."""
         assert self._held is not None
-        (self._position, self._done), self._held = self._held, None
+        for tape, stream in zip(self._tapes, self._held.streams, strict=True):
+            tape.flowing = stream
+        self._position, self._done, self._held = self._held.position, self._held.done, None
 
     def chain(self, sample: int) -> list[Tensor]:
         """What flows out of the last block walked, computed from where the walk is held with the blocks
-        as they now are, with gradients where they are enabled."""
+        as they now are, with gradients where they are enabled; nothing is rounded at edges."""
         assert self._held is not None
         tape = self._tapes[sample]
-        stream = dict(tape.flowing)
+        stream = {number: tensor.clone() for number, tensor in self._held.streams[sample].items()}
         outputs: list[Tensor] = []
-        for node in tape.nodes[self._held[0] : self._position]:
-            args, kwargs = tape.arguments(node, copy=True, stream=stream)
+        for node in tape.nodes[self._held.position : self._position]:
+            args, kwargs = tape.arguments(node, copy=node.function is None, stream=stream)
             function = node.function or self.blocks[self._block_at(tape, node)].module
             outputs = tensors_in(function(*args, **kwargs))
             stream.update(zip(node.outputs, outputs, strict=True))
@@ -206,13 +232,15 @@ class Walk:
             tape.flowing.update(zip(numbers, outputs[index], strict=True))
             if exact is not None:
                 tape.exact.update(zip(numbers, exact[index], strict=True))
-            self._forget(tape)
-        self._position += 1
         self._done += 1
+        self._go_on()
 
-    def _forget(self, tape: Tape) -> None:
-        """Drop what is not read any more behind this position, nor when the walk comes back."""
-        tape.forget((self._position + 1) if self._held is None else self._held[0])
+    def _go_on(self) -> None:
+        """Go to the next node, and drop what is not read any more from there on."""
+        self._position += 1
+        self._furthest = max(self._furthest, self._position)
+        for tape in self._tapes:
+            tape.forget(self._position)
 
     def _run_between(self) -> None:
         """Compute everything up to the next block, for all samples."""
@@ -223,13 +251,12 @@ class Walk:
                 results = self._call(nodes, given)
             for tape, node, result in zip(self._tapes, nodes, results, strict=True):
                 tape.flowing.update(zip(node.outputs, tensors_in(result), strict=True))
-                if self.exact:
+                if self.exact and self._position == self._furthest:  # not again after `rewind`
                     args, kwargs = tape.arguments(node, exact=True)
                     with torch.no_grad():
                         exact = node.function(*args, **kwargs)  # type: ignore[misc]
                     tape.exact.update(zip(node.outputs, tensors_in(exact), strict=True))
-                self._forget(tape)
-            self._position += 1
+            self._go_on()
 
     def _call(self, nodes: list[Node], given: list[Any]) -> list[Any]:
         """What a function between blocks returns for every sample, its edges calibrated and applied."""

@@ -61,7 +61,7 @@ def last_block_outputs(model, block, samples, functions=None):
 
 
 def assert_equal(left, right):
-    """Equal but for the order of sums: views of a tensor are replayed as copies, which other kernels read."""
+    """Equal but for the order of sums: views are replayed as copies, which other kernels read."""
     assert len(left) == len(right)
     for ours, theirs in zip(left, right, strict=True):
         assert len(ours) == len(theirs)
@@ -313,6 +313,100 @@ def test_while_outputs_are_consumed_nothing_of_the_block_is_in_force():
     for output in io.run():
         assert torch.is_grad_enabled()
         assert torch.equal(torch.add(output, 0), output)
+
+
+# Held, chained and walked again
+
+
+def walked(walk, count, factor):
+    """Walk so many blocks, each changed; the outputs of the last."""
+    ios = iter(walk)
+    for _ in range(count):
+        io = next(ios)
+        exact = io.run_tensors(exact=True)
+        io.block.module.weight.mul_(factor)
+        outputs = io.run_tensors()
+        walk.advance(outputs, exact)
+    return copied(outputs)
+
+
+def chained(walk, samples):
+    with torch.no_grad():
+        return [walk.chain(index) for index in range(len(samples))]
+
+
+@graphs
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_chain_is_the_model_from_where_the_walk_is_held_with_the_blocks_as_they_now_are(graph, before):
+    model, samples = net_of(graph), sampled()
+    walk = walk_over(model, samples, exact=True)
+    if before:
+        walked(walk, before, 1.5)
+    walk.hold()
+    outputs = walked(walk, len(walk.blocks) - before, 1.5)
+    assert_equal(chained(walk, samples), outputs)
+    walk.blocks[before].module.weight.mul_(-0.5)
+    last = walk.blocks[-1].path
+    expected = passes(model, samples)[last]
+    assert not torch.allclose(expected[0][0], outputs[0][0])
+    for _ in range(2):  # as often as one likes
+        assert_equal(chained(walk, samples), expected)
+
+
+@graphs
+@pytest.mark.parametrize("before", [0, 1])
+def test_blocks_are_walked_again_from_where_the_walk_was_held(graph, before):
+    model, samples = net_of(graph), sampled()
+    exact = passes(model, samples)
+    walk = walk_over(model, samples, exact=True)
+    if before:
+        walked(walk, before, 1.5)
+    walk.hold()
+    walked(walk, 1, 1.5)
+    block = walk.blocks[before].module
+    block.weight.mul_(-0.5)
+    walk.rewind()
+    again = next(iter(walk))
+    assert again.block.module is block
+    walk.advance(again.run_tensors())
+    for io in walk:  # those behind, in both streams
+        assert_equal(io.run_tensors(exact=True), exact[io.block.path])
+        outputs = io.run_tensors()
+        assert_equal(outputs, passes(model, samples)[io.block.path])
+        walk.advance(outputs, io.run_tensors(exact=True))
+
+
+def test_gradients_of_a_chain_reach_all_of_its_blocks():
+    model, (sample,) = net_of("in place"), sampled(1)
+    expected = torch.autograd.functional.jacobian(
+        lambda weight: torch.func.functional_call(model, {"a.weight": weight}, (sample.clone(),)).sum(),
+        model.a.weight,
+    )
+    walk = walk_over(model, [sample])
+    walk.hold()
+    walked_without_exact = [io for io in walk if walk.advance(io.run_tensors()) is None]
+    assert len(walked_without_exact) == 3
+    model.requires_grad_(True)
+    walk.chain(0)[0].sum().backward()
+    torch.testing.assert_close(model.a.weight.grad, expected)
+    assert all(block.module.weight.grad is not None for block in walk.blocks)
+
+
+def test_what_is_held_is_released_once_the_blocks_are_walked_again():
+    model, samples = net_of("branches"), sampled()
+    walk = walk_over(model, samples)
+    walk.hold()
+    kept = [weakref.ref(tensor) for stream in walk._held.streams for tensor in stream.values()]
+    assert kept
+    for io in walk:
+        walk.advance(io.run_tensors())
+    assert all(ref() is not None for ref in kept)
+    walk.rewind()
+    for io in walk:
+        walk.advance(io.run_tensors())
+    del io
+    gc.collect()
+    assert all(ref() is None for ref in kept)
 
 
 # Memory

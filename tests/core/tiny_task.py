@@ -53,22 +53,26 @@ def run(
     folder: Path,
     make: Callable[[], nn.Module],
     samples: Sequence[Any],
-    step: str | dict[str, Any],
+    step: str | dict[str, Any] | list[str | dict[str, Any]],
     quant: dict[str, Any] = W3,
     resume: bool = False,
     steps: dict[str, str] | None = None,
     task: type[TinyTask] = TinyTask,
+    brings: dict[str, dict[str, str]] | None = None,
     **keys: Any,
 ) -> Any:
-    """Quantize; `steps` are further steps by import path, `keys` further keys of the recipe.
+    """Quantize; `steps` are further steps by import path, `brings` what else the plugin brings, `keys`
+    further keys of the recipe.
 
     Returns:
         The record of the run.
     """
     task.make, task.given = staticmethod(make), samples
-    plugin = Plugin("tiny", tasks={"tiny": f"{task.__module__}:{task.__qualname__}"}, steps=steps or {})
+    tasks = {"tiny": f"{task.__module__}:{task.__qualname__}"}
+    plugin = Plugin("tiny", tasks=tasks, steps=steps or {}, **(brings or {}))
     registry = Registry([Installed("tiny", "ptq-tiny", "1.0", plugin)])
-    data = {"name": "tiny", "task": {"kind": "tiny"}, "quant": quant, "steps": [step]} | keys
+    entries = step if isinstance(step, list) else [step]
+    data = {"name": "tiny", "task": {"kind": "tiny"}, "quant": quant, "steps": entries} | keys
     return ptqcore.quantize(validate(Recipe, data), "tiny", folder, resume, registry)
 
 
