@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ptqcore import audit
 from ptqcore.blocks import Block, find_blocks
 from ptqcore.dataflow import Dataflow, inside, tensors_in, trace
+from ptqcore.errors import ExportError
 from ptqcore.flowmap import Folding, map_network
 from ptqcore.folding import find_norms, fold, relative_difference
 from ptqcore.grids import make_grids
@@ -19,7 +20,7 @@ from ptqcore.plan import Plan, make_plan
 from ptqcore.plugin import Registry
 from ptqcore.recipe import Recipe
 from ptqcore.report.network import FlowMap
-from ptqcore.step import Context
+from ptqcore.step import Context, Step
 from ptqcore.task import Task
 
 
@@ -66,8 +67,28 @@ def prepare(plan: Plan, task: Task, model: nn.Module, samples: Sequence[Any]) ->
     grids = make_grids(recipe.quant, flow, set(targets))
     for exporter in plan.exporters:
         exporter.check_layers(recipe.quant, targets)
+        exporter.check_model(model, task, targets)
     context = Context(recipe.quant, plan.observer, excluded, recipe.seed, grids)
     return Prepared(model, samples, flow, context, blocks, folding)
+
+
+def check_exports(plan: Plan, prepared: Prepared, steps: Sequence[Step]) -> None:
+    """Refuse formats that cannot hold what steps, now prepared, will attach, or the widths they chose.
+
+    Raises:
+        ExportError: naming the format, and the step or the layer.
+    """
+    context = prepared.context
+    targets = (path for block in prepared.blocks for path in context.targets(block))
+    weights = {path: context.grids.weights(path) for path in targets}
+    for exporter in plan.exporters:
+        for step in steps:
+            if step.attaches and not exporter.holds_attachments:
+                raise ExportError(
+                    f"export {exporter.name} cannot hold what the step {step.name} attaches to the model "
+                    f"({step.attaches}): remove the export, or that option of the step"
+                )
+        exporter.check_grids(context.quant, weights)
 
 
 def _trace(model: nn.Module, run: Callable[[], object]) -> tuple[Dataflow, Folding]:

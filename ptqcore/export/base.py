@@ -1,13 +1,14 @@
 """The contract of an exporter: write the canonical records to a format, and read them back."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
 
-from ptqcore.recipe import QuantSection
+from ptqcore.errors import ExportError
+from ptqcore.recipe import QuantSection, TensorQuant
 from ptqcore.report.record import Verification
 from ptqcore.task import Task
 
@@ -33,6 +34,38 @@ class Exporter(ABC):
         Raises:
             ExportError: one sentence that names the layer.
         """
+
+    def check_model(self, model: nn.Module, task: Task, layers: Mapping[str, nn.Module]) -> None:  # noqa: B027
+        """Refuse, before anything is quantized, a model that the format cannot hold; by default none.
+
+        Args:
+            model: the full-precision model.
+            task: its task, for what is exported beside the model (a tokenizer, say).
+            layers: those that will be quantized, by path.
+
+        Raises:
+            ExportError: one sentence that names what cannot be held.
+        """
+
+    def check_grids(self, quant: QuantSection, weights: Mapping[str, TensorQuant]) -> None:
+        """Refuse, before anything is quantized, grids of layers that the format cannot hold.
+
+        Some are not the recipe's own: those of first and last layers, and those for which a step chose
+        another width. By default `check` is asked about each of them.
+
+        Args:
+            quant: the recipe's section.
+            weights: the grid of every layer that will be quantized, by path.
+
+        Raises:
+            ExportError: one sentence that names the layer.
+        """
+        others = {grid.bits: (path, grid) for path, grid in weights.items() if grid != quant.weights}
+        for bits, (path, grid) in others.items():
+            try:
+                self.check(quant.model_copy(update={"weights": grid}))
+            except ExportError as error:
+                raise ExportError(f"{error} ({path} gets {bits} bits)") from None
 
     @abstractmethod
     def export(self, model: nn.Module, task: Task, samples: Sequence[Any], folder: Path) -> None:
