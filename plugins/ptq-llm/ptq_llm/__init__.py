@@ -21,14 +21,21 @@ plugin = Plugin(
         "text-encoder": "ptq_llm.text_encoder:TextEncoder",
     },
     steps={
+        "asymmetric-calibration": "ptq_llm.asymmetric_calibration:AsymmetricCalibration",
         "awq": "ptq_llm.awq:AWQ",
+        "clip": "ptq_llm.clip:Clip",
+        "gptq": "ptq_llm.gptq:GPTQ",
+        "hqq": "ptq_llm.hqq:HQQ",
         "low-rank": "ptq_llm.low_rank:LowRank",
+        "mixed-bits": "ptq_llm.mixed_bits:MixedBits",
         "reassemble": "ptq_llm.qllm:ChannelReassembly",
+        "rotate": "ptq_llm.rotate:Rotate",
         "os-plus": "ptq_llm.os_plus:OSPlus",
         "smoothquant": "ptq_llm.smoothquant:SmoothQuant",
     },
     attachments={
         "affine": "ptq_llm.rescale:Affine",
+        "hadamard": "ptq_llm.rotation:Hadamard",
         "reassemble": "ptq_llm.reassembly:Reassemble",
     },
     exporters={
