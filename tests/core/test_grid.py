@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptqcore import grid
+from ptqcore.packed import QuantizedTensor
 from ptqcore.spec import QuantSpec
 
 GROUP = 4
@@ -212,6 +213,86 @@ def test_asymmetric_range_wider_than_the_largest_half_precision_number_is_covere
     scale, zero_point = fitted(x, spec)
     error = (grid.fake_quantize(x, scale, zero_point, spec).float() - x.float()).abs()
     assert error.max() <= 80000 / 255
+
+
+# Scales in a shorter dtype
+
+
+SHORT = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+SHORT_SPECS = [
+    QuantSpec(**spec.model_dump() | {"scale_dtype": dtype}) for spec in INTEGER_SPECS for dtype in SHORT
+]
+SHORT_SPECS += [
+    QuantSpec(bits=bits, granularity="group", group_size=GROUP, signed_scale=True, scale_dtype=dtype)
+    for bits, dtype in product((2, 4, 8), SHORT)
+]
+
+
+@st.composite
+def wide_matrices(draw):
+    """Values of any size that float32 has, in rows of very different sizes."""
+    cells = st.floats(-1e6, 1e6, width=32) | st.floats(-(2.0**-20), 2.0**-20, width=32) | st.just(0.0)
+    rows, columns = draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    numbers = draw(st.lists(cells, min_size=rows * columns, max_size=rows * columns))
+    return torch.tensor(numbers, dtype=torch.float32).view(rows, columns)
+
+
+@given(wide_matrices(), st.sampled_from(SHORT_SPECS))
+@settings(max_examples=300, deadline=None)
+def test_scales_survive_a_round_trip_through_their_dtype(x, spec):
+    scale, zero_point = fitted(x, spec)
+    assert scale.dtype == torch.float32
+    assert torch.equal(scale.to(SHORT[spec.scale_dtype]).float(), scale)
+    assert scale.isfinite().all()
+    assert (scale != 0).all()
+    assert zero_point is None or ((zero_point >= 0) & (zero_point <= spec.levels)).all()
+
+
+@given(matrices(), st.sampled_from(SHORT_SPECS))
+@settings(max_examples=200, deadline=None)
+def test_they_are_the_nearest_to_the_exact_ones(x, spec):
+    """Rounding to nearest keeps 11 bits in float16 (from 2^-14 to 65504), 8 in bfloat16."""
+    exact, _ = fitted(x, spec.model_copy(update={"scale_dtype": None}))
+    found, _ = fitted(x, spec)
+    bound = 2.0**-11 if spec.scale_dtype == "float16" else 2.0**-8
+    normal = (exact.abs() >= 2.0**-14) & (exact.abs() <= 65504)
+    assert ((found - exact).abs() <= bound * exact.abs())[normal].all()
+
+
+@given(matrices(), st.sampled_from([spec for spec in SHORT_SPECS if not spec.dynamic]))
+@settings(max_examples=200, deadline=None)
+def test_codes_are_found_for_the_rounded_scale(x, spec):
+    """Each is the nearest of all codes to the value, of the grid that the record itself states."""
+    record = QuantizedTensor.from_range(x, *grid.value_range(x, spec), spec)
+    codes = torch.arange(spec.levels + 1.0)
+    scale = spread(record.scale, x, spec)
+    zero = torch.full_like(x, spec.middle) if spec.symmetric else spread(record.zero_point, x, spec)
+    values = (codes - zero[..., None]) * scale[..., None]
+    nearest = (values - x[..., None]).abs().amin(-1)
+    error = (record.dequantize() - x).abs()
+    assert (error <= nearest + SLACK * scale.abs()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_record_keeps_its_scales_in_the_dtype_of_the_model(dtype):
+    spec = QuantSpec(bits=4, granularity="channel", scale_dtype="float16")
+    weight = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    record = QuantizedTensor.from_range(weight, *grid.value_range(weight.float(), spec), spec)
+    assert record.scale.dtype == dtype
+    assert torch.equal(record.scale.to(torch.float16).to(dtype), record.scale)
+
+
+def test_values_too_small_for_a_scale_of_float16_become_zero():
+    spec = QuantSpec(bits=4, scale_dtype="float16")
+    x = torch.tensor([1e-9, -1e-9, 0.0])
+    assert not grid.fake_quantize(x, *fitted(x, spec), spec).any()
+
+
+def test_without_a_scale_dtype_scales_are_exact():
+    x = torch.tensor([[-1.0, 0.3]])
+    scale, _ = fitted(x, QuantSpec(bits=3, granularity="channel", symmetric=False))
+    assert scale.item() == pytest.approx(1.3 / 7, rel=1e-7)
+    assert scale.half().float().item() != scale.item()
 
 
 # Integer rounding
