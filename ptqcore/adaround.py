@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ptqcore.attachments import without_hooks
 from ptqcore.blocks import Block
 from ptqcore.calibration import Calibration
 from ptqcore.dataflow import Op
@@ -85,11 +86,12 @@ def _problem(
     behind: Op | None,
 ) -> Problem:
     after: Callable[[Tensor], Tensor] = partial(_clip, behind) if behind else lambda x: x
+    plain = without_hooks(layer)
 
     def predict(samples: Sequence[int]) -> list[Tensor]:
         x = torch.cat([inputs[sample] for sample in samples])
         weight = {"weight": rows_to_weight(rounding.weight, layer)}
-        return [after(functional_call(layer, weight, (x,)))]
+        return [after(functional_call(plain, weight, (x,)))]
 
     def target(samples: Sequence[int]) -> list[Tensor]:
         return [after(torch.cat([outputs[sample] for sample in samples]))]

@@ -7,7 +7,9 @@ again when a model is restored.
 """
 
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from copy import copy
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -145,3 +147,10 @@ def build_attachments(model: nn.Module, entries: list[AttachmentEntry], find: Fi
             del attachments[:]
         cleared.add(entry.path)
         attach(module, attachment, entry.place)
+
+
+def without_hooks(module: nn.Module) -> nn.Module:
+    """The same module as it computes what has already passed its attachments: its parameters are shared."""
+    plain = copy(module)
+    plain._forward_pre_hooks, plain._forward_hooks = OrderedDict(), OrderedDict()
+    return plain

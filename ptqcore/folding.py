@@ -1,5 +1,6 @@
 """Batch norms folded into the layers before them, as deployed engines run them."""
 
+import math
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from typing import Any
@@ -152,10 +153,12 @@ def _scale(layer: nn.Module, norm: Any) -> None:
 
 
 def relative_difference(expected: Iterable[Tensor], found: Iterable[Tensor]) -> float:
-    """Largest difference of any output, relative to that output's largest value."""
+    """Largest difference of any output, relative to that output's largest value; infinite where one of the
+    two is NaN."""
     worst = 0.0
     for one, other in zip(expected, found, strict=True):
         largest = float(one.abs().max()) if one.numel() else 0.0
         difference = float((one - other).abs().max()) if one.numel() else 0.0
-        worst = max(worst, difference / largest if largest else difference)
+        relative = difference / largest if largest else difference
+        worst = math.inf if math.isnan(relative) else max(worst, relative)
     return worst
