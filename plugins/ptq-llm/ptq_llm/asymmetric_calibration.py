@@ -44,14 +44,13 @@ class AsymmetricCalibration(Step):
         stages = [self._sharing(calibration, paths) for paths in in_sequence(self._flow, block, targets)]
         exact = calibration.record([paths[0] for stage in stages for paths in stage], exact=True)
         for stage in stages:
-            calibration.changed()
             inputs = calibration.record([paths[0] for paths in stage])
             for paths in stage:
-                wanted, found, gram = exact.pop(paths[0], []), inputs[paths[0]], calibration.gram(paths[0])
-                if gram is None or not _same_tokens(wanted, found):
+                wanted, found = exact.pop(paths[0], []), inputs.pop(paths[0], [])
+                if not _same_tokens(wanted, found):
                     continue
-                cross = cross_products(calibration, wanted, found)
-                moving = correction(gram.matrix, cross, self.options.damping)
+                gram, cross = products(calibration, found, found), products(calibration, wanted, found)
+                moving = correction(gram, cross, self.options.damping)
                 for path in paths:
                     _move(targets[path], moving)
         calibration.changed()
@@ -76,12 +75,11 @@ def _same_tokens(exact: list[Tensor], inputs: list[Tensor]) -> bool:
     return shapes[0] == shapes[1] and sum(x.numel() for x in inputs) > 0
 
 
-def cross_products(calibration: Calibration, exact: list[Tensor], inputs: list[Tensor]) -> Tensor:
+def products(calibration: Calibration, one: list[Tensor], other: list[Tensor]) -> Tensor:
     """XᵀX̂ [channels, channels] over the tokens that count, of all samples."""
     total: Any = 0.0
-    for sample, (x, other) in enumerate(zip(exact, inputs, strict=True)):
-        rows, others = calibration.counted(x, sample), calibration.counted(other, sample)
-        total = total + rows.float().T @ others.float()
+    for sample, (x, y) in enumerate(zip(one, other, strict=True)):
+        total = total + calibration.counted(x, sample).float().T @ calibration.counted(y, sample).float()
     return total
 
 
