@@ -11,7 +11,7 @@ import numpy as np
 
 Node = Any  # onnx.NodeProto
 
-WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulNBits"}
 _RANGES = {
     "INT8": (-128, 127),
     "UINT8": (0, 255),

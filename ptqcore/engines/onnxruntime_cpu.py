@@ -27,6 +27,8 @@ class OnnxRuntimeSession:
         options.inter_op_num_threads = 1
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 4  # what it fails of is raised; the rest is no concern of the caller
+        # Else it would round the float inputs of layers with narrow weights.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if profile_in is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile_in / "profile")

@@ -27,6 +27,7 @@ class OpenVinoSession:
         core = import_module("openvino").Core()
         settings = {
             "INFERENCE_PRECISION_HINT": "f32",  # it would choose bfloat16 where the CPU has it
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # it would round float inputs beside narrow weights
             "INFERENCE_NUM_THREADS": threads,
             "PERFORMANCE_HINT": "LATENCY",
             "PERF_COUNT": profile,

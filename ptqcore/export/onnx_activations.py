@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 
 from ptqcore import grid
-from ptqcore.export.onnx_edit import Editor, array, attribute, only_reader, source
+from ptqcore.export.onnx_edit import OnnxEditor, array, attribute, only_reader, source
 from ptqcore.export.onnx_trace import Activation
 from ptqcore.placement import Edge
 from ptqcore.quantizers import FakeQuant
@@ -35,7 +35,7 @@ class Grid:
     scale: np.float32
     zero_point: int
 
-    def parameters(self, editor: Editor) -> list[ir.Value]:
+    def parameters(self, editor: OnnxEditor) -> list[ir.Value]:
         """The two constants of its quantizers."""
         return [
             editor.constant(f"{self.label}.scale", np.asarray(self.scale, np.float32)),
@@ -46,7 +46,7 @@ class Grid:
 class Activations:
     """The quantized tensors of a graph; `grids`: the output of a DequantizeLinear → its grid."""
 
-    def __init__(self, editor: Editor, marks: Mapping[str, Activation]) -> None:
+    def __init__(self, editor: OnnxEditor, marks: Mapping[str, Activation]) -> None:
         self.editor = editor
         self.grids: dict[ir.Value, Grid] = {}
         self._codes: dict[ir.Value, ir.Value] = {}

@@ -12,7 +12,7 @@ from onnx_ir.passes import common
 from ptqcore.errors import ExportError
 
 
-class Editor:
+class OnnxEditor:
     """A graph that is being changed. New nodes are appended; `sort` puts them where they belong."""
 
     def __init__(self, model: ir.Model) -> None:
@@ -43,9 +43,12 @@ class Editor:
         """The output of the node of that name, if `add` made one."""
         return self._made.get(name)
 
-    def add(self, op: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
-        """The output of a new node."""
-        node = ir.node(op, inputs, attributes, name=name)
+    def add(
+        self, op: str, inputs: Sequence[ir.Value | None], name: str, domain: str = "", **attributes: Any
+    ) -> ir.Value:
+        """The output of a new node; `domain`: whose operator it is, if not the standard's."""
+        node = ir.node(op, inputs, attributes, domain=domain, name=name)
+        self.graph.opset_imports.setdefault(domain, 1)
         self.graph.append(node)
         (output,) = node.outputs
         output.name = f"{name}.out"
@@ -106,4 +109,4 @@ def save(model: ir.Model, path: Path, largest: int, beside: str) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:  # its own classes, and those of shape inference
-        raise ExportError(f"export onnx-qdq wrote a graph that is not valid: {error}") from error
+        raise ExportError(f"export to ONNX: the graph is not valid: {error}") from error

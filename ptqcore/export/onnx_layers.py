@@ -2,83 +2,43 @@
 
 A layer whose input is quantized keeps its weight as signed 8-bit codes, one scale a channel, whatever
 its bits, and its bias as 32-bit codes in units of input scale times weight scale: what engines compute
-with. A linear layer with a float input keeps a weight [in, out] of 4 or 8 bits, in groups if it has
-them: what engines unpack in their kernels for compressed weights.
+with. A bias that the simulation adds in floating point stays so, behind a MatMul. A linear layer with a
+float input keeps a weight [in, out] of 4 or 8 bits, in groups if it has them: what engines unpack in
+their kernels for compressed weights.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from ptqcore.errors import ExportError
-from ptqcore.export.onnx_activations import Grid
-from ptqcore.export.onnx_edit import Editor, attribute, only_reader, source
-from ptqcore.export.onnx_trace import Parameter
+from ptqcore.export.onnx_calls import LayerCall
+from ptqcore.export.onnx_edit import OnnxEditor, only_reader
 from ptqcore.modules import QuantConvTranspose2d, QuantModule
 
 _LARGEST_BIAS = 2**31 - 1
 
 
-@dataclass
-class _Call:
-    """One call of a layer in the graph: its product node and the grid of its input, if it has one."""
-
-    name: str
-    layer: QuantModule
-    weight: ir.Node
-    product: ir.Node
-    grid: Grid | None
-    bias: ir.Node | None = None
-
-
-def place_layers(
-    editor: Editor,
-    weights: Mapping[str, Parameter],
-    biases: Mapping[str, Parameter],
-    grids: Mapping[ir.Value, Grid],
-) -> None:
+def place_layers(editor: OnnxEditor, calls: Iterable[LayerCall]) -> None:
     """Replace the marks of all weights and biases."""
-    calls: dict[tuple[str, str], list[_Call]] = defaultdict(list)
-    by_site = {}
-    for node in editor.nodes("Mark"):
-        key = attribute(node, "key", "")
-        if key in weights:
-            call = _call(node, weights[key], grids)
-            by_site[weights[key].site] = call
-            calls[weights[key].site.owner, call.product.op_type].append(call)
-        elif key in biases:
-            by_site[biases[key].site].bias = node
-    for (path, kind), of_layer in calls.items():
+    by_kind: dict[tuple[str, str], list[LayerCall]] = defaultdict(list)
+    for call in calls:
+        by_kind[call.path, call.product.op_type].append(call)
+    for (path, kind), of_layer in by_kind.items():
         layer = of_layer[0].layer
         stored = _Stored(editor, path, layer, kind == "Conv" and isinstance(layer, QuantConvTranspose2d))
         for call in of_layer:
             stored.place(call)
-    editor.tidy()
-
-
-def _call(mark: ir.Node, one: Parameter, grids: Mapping[ir.Value, Grid]) -> _Call:
-    product = only_reader(mark.outputs[0])
-    if product is not None and product.op_type == "Transpose":
-        product = only_reader(product.outputs[0])
-    if product is None or product.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
-        raise ExportError(f"export onnx-qdq: layer {one.site.owner} is written in a form that is not known")
-    value = product.inputs[0]
-    padding = source(value, "Pad")
-    if value not in grids and padding is not None:
-        value = padding.inputs[0]
-    name = one.site.owner + (f"#{one.site.call}" if one.site.call else "")
-    product.name = name
-    return _Call(name, one.layer, mark, product, None if value is None else grids.get(value))
 
 
 class _Stored:
     """The constants of one layer, shared by its calls; `unfolded`: as `unfold_upsampling` left it."""
 
-    def __init__(self, editor: Editor, path: str, layer: QuantModule, unfolded: bool) -> None:
+    def __init__(self, editor: OnnxEditor, path: str, layer: QuantModule, unfolded: bool) -> None:
         self.editor, self.path, self.layer = editor, path, layer
         record = self.layer.quantized_weight
         rows = record.shape[0]
@@ -107,13 +67,16 @@ class _Stored:
         if self.zero_point is not None:
             self.zero_point = self.zero_point.repeat(self.taps)
 
-    def place(self, call: _Call) -> None:
+    def place(self, call: LayerCall) -> None:
         """Put the constants into one call."""
         linear = call.product.op_type in ("Gemm", "MatMul")
         if linear and call.grid is None:
             self._compressed(call)
+        elif linear and call.bias is None:
+            self._multiplied(call)
         elif call.product.op_type == "MatMul":
-            self._flattened(call)
+            in_steps = self.layer.input_scale is not None
+            self._flattened(call) if in_steps else self._multiplied(call)
         else:
             weight = self._rows("weight", self.codes) if linear else self._convolution()
             call.product.replace_input_with(1, weight)
@@ -132,7 +95,7 @@ class _Stored:
         codes: np.ndarray,
         scale: np.ndarray,
         zero_point: np.ndarray | None,
-        attributes: dict[str, int],
+        attributes: dict[str, Any],
         dtype: ir.DataType = ir.DataType.INT8,
     ) -> ir.Value:
         editor, path = self.editor, f"{self.path}.{name}"
@@ -170,11 +133,11 @@ class _Stored:
         value = editor.add("Transpose", [value], f"{path}.swap", perm=order)
         return editor.add("Reshape", [value, editor.constant(f"{path}.joined", joined)], f"{path}.group")
 
-    def _bias(self, call: _Call) -> ir.Value:
+    def _bias(self, call: LayerCall) -> ir.Value:
         """The bias of one call: 32-bit codes beside a quantized input, else as it is."""
-        bias = self._float_bias()
         if call.grid is None:
-            return self.editor.constant(f"{self.path}.bias", bias)
+            return self._float_bias()
+        bias = self._bias_values()
         scale = np.float32(call.grid.scale) * self.scale
         codes = np.round(bias.astype(np.float64) / scale)
         if np.abs(codes).max(initial=0) > _LARGEST_BIAS:
@@ -187,59 +150,63 @@ class _Stored:
         inputs = [held, editor.constant(f"{path}.scale", scale)]
         return editor.add("DequantizeLinear", inputs, f"{path}.dequantize", axis=0)
 
-    def _float_bias(self) -> np.ndarray:
+    def _float_bias(self) -> ir.Value:
+        return self.editor.constant(f"{self.path}.bias", self._bias_values())
+
+    def _bias_values(self) -> np.ndarray:
         assert self.layer.bias is not None
         return self.layer.bias.detach().cpu().numpy().astype(np.float32).repeat(self.taps)
 
-    def _compressed(self, call: _Call) -> None:
+    def _compressed(self, call: LayerCall) -> None:
         """A linear layer with a float input: MatMul with [in, out] codes, and Add."""
-        editor, name, product = self.editor, call.name, call.product
+        editor = self.editor
         small = self.spec.bits <= 4
         dtype = ir.DataType.INT4 if small else ir.DataType.INT8
         scale, zero_point = self.scale, self.zero_point
-        attributes = {"axis": 1}
+        attributes: dict[str, Any] = {"axis": 1}
         if self.spec.granularity == "group":
             attributes = {"axis": 0, "block_size": self.spec.group_size or self.codes.shape[1]}
             scale = scale.T
             zero_point = None if zero_point is None else zero_point.T
         weight = self._dequantize("weight", self.codes.T, scale, zero_point, attributes, dtype)
-        if product.op_type == "MatMul":
-            product.replace_input_with(1, weight)
-            if call.bias is not None:
-                self.editor.redirect(call.bias.outputs[0], self._bias(call))
-            return
-        product.name = f"{name}.gemm"
-        result = editor.add("MatMul", [product.inputs[0], weight], name)
-        if call.bias is not None:
-            result.shape, result.type = product.outputs[0].shape, product.outputs[0].type
-            result = editor.add("Add", [result, self._bias(call)], f"{name}.add")
-        editor.redirect(product.outputs[0], result)
+        result = editor.add("MatMul", [call.input, weight], call.name)
+        call.replace(editor, result, None if call.bias is None else self._float_bias())
 
-    def _flattened(self, call: _Call) -> None:
-        """A linear layer on more than two dimensions: Gemm between two Reshapes where sizes are known."""
-        editor, product, name = self.editor, call.product, call.name
-        value, adding = product.inputs[0], None if call.bias is None else only_reader(call.bias.outputs[0])
-        assert value is not None
-        sizes = (
-            [] if value.shape is None else [size if isinstance(size, int) else -1 for size in value.shape]
-        )
-        if not sizes or sizes.count(-1) > 1:
-            weight = self._rows("weight", self.codes.T, axis=1)
-            product.replace_input_with(1, weight)
-            if call.bias is not None:
-                editor.redirect(call.bias.outputs[0], self._bias(call))
-            return
-        last = product if adding is None else adding
+    def _multiplied(self, call: LayerCall) -> None:
+        """A linear layer without a bias, or whose bias is in floating point in the simulation too."""
+        weight = self._rows("weight", self.codes.T, axis=1)
+        result = self.editor.add("MatMul", [call.input, weight], call.name)
+        call.replace(self.editor, result, None if call.bias is None else self._float_bias())
+
+    def _flattened(self, call: LayerCall) -> None:
+        """A linear layer on more than two dimensions with a bias in steps: Gemm between two Reshapes.
+
+        Only Gemm takes its bias as whole numbers. (Without a bias, OpenVINO would misread the Reshape
+        behind it.)
+        """
+        editor, product, name, columns = self.editor, call.product, call.name, self.codes.shape[1]
+        assert call.bias is not None
+        last = only_reader(call.bias.outputs[0])
+        assert last is not None
         product.name = f"{name}.matmul"
-        if flat := len(sizes) == 2:
-            rows = value
-        else:
-            inside = editor.constant(f"{name}.rows", np.asarray([-1, sizes[-1]], np.int64))
-            rows = editor.add("Reshape", [value, inside], f"{name}.flatten")
-        inputs = [rows, self._rows("weight", self.codes)]
-        inputs += [] if call.bias is None else [self._bias(call)]
-        result = editor.add("Gemm", inputs, name, transB=1)
-        if not flat:
-            outside = editor.constant(f"{name}.sizes", np.asarray([*sizes[:-1], len(self.codes)], np.int64))
-            result = editor.add("Reshape", [result, outside], f"{name}.unflatten")
+        inside = editor.constant(f"{name}.rows", np.asarray([-1, columns], np.int64))
+        rows = editor.add("Reshape", [call.input, inside], f"{name}.flatten")
+        result = editor.add(
+            "Gemm", [rows, self._rows("weight", self.codes), self._bias(call)], name, transB=1
+        )
+        outside = self._sizes(call)
+        result = editor.add("Reshape", [result, outside], f"{name}.unflatten")
         editor.redirect(last.outputs[0], result)
+
+    def _sizes(self, call: LayerCall) -> ir.Value:
+        """The sizes of a layer's output: a constant where one dimension is open at most."""
+        editor, name = self.editor, call.name
+        outputs = np.asarray([len(self.codes)], np.int64)
+        shape = call.input.shape
+        known = [-1] if shape is None else [size if isinstance(size, int) else -1 for size in shape][:-1]
+        if shape is not None and known.count(-1) <= 1:
+            return editor.constant(f"{name}.sizes", np.asarray([*known, *outputs], np.int64))
+        before = editor.add("Shape", [call.input], f"{name}.shape", start=0, end=-1)
+        return editor.add(
+            "Concat", [before, editor.constant(f"{name}.outputs", outputs)], f"{name}.sizes", axis=0
+        )

@@ -2,14 +2,15 @@
 
 import ast
 import re
+from collections.abc import Mapping
 from typing import TypeGuard
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from ptqcore.export.onnx_edit import Editor, array, attribute, only_reader, source
-from ptqcore.export.onnx_trace import BATCH
+from ptqcore.export.onnx_edit import OnnxEditor, array, attribute, only_reader, source
+from ptqcore.export.onnx_trace import Dimensions
 from ptqcore.version import __version__
 
 _IR_VERSION = 10
@@ -20,7 +21,7 @@ _LOOKED_THROUGH = ("Clip", "Dropout", "Identity", "MaxPool", "Pad", "Relu", "Res
 _BEYOND = np.float32(3e38)
 
 
-def name_nodes(editor: Editor) -> None:
+def name_nodes(editor: OnnxEditor) -> None:
     """Call every node by the path of its module and its kind, and constants as the model does."""
     used: dict[str, int] = {}
     for node in editor.nodes():
@@ -37,7 +38,7 @@ def _below_root(path: str) -> str:
     return path.removeprefix(_ROOT).removeprefix(".") if path.startswith((_ROOT + ".", _ROOT)) else path
 
 
-def pool_globally(editor: Editor) -> None:
+def pool_globally(editor: OnnxEditor) -> None:
     """Means over height and width as GlobalAveragePool, which engines compute in integers."""
     for node in editor.nodes("ReduceMean"):
         value, output = node.inputs[0], node.outputs[0]
@@ -55,7 +56,7 @@ def pool_globally(editor: Editor) -> None:
     editor.tidy()
 
 
-def _squeeze(editor: Editor, node: ir.Node, output: ir.Value, pooled: ir.Value) -> None:
+def _squeeze(editor: OnnxEditor, node: ir.Node, output: ir.Value, pooled: ir.Value) -> None:
     """The dimensions of size 1 dropped, behind the mark of the mean if it has one."""
     axes = editor.constant("height_and_width", np.asarray([2, 3], np.int64))
     mark = only_reader(output)
@@ -70,7 +71,7 @@ def _squeeze(editor: Editor, node: ir.Node, output: ir.Value, pooled: ir.Value) 
         editor.redirect(output, editor.add("Squeeze", [pooled, axes], f"{node.name}.squeeze"))
 
 
-def unfold_upsampling(editor: Editor) -> None:
+def unfold_upsampling(editor: OnnxEditor) -> None:
     """Transposed convolutions whose kernel is their stride as a convolution and DepthToSpace.
 
     No two taps of such a kernel meet, so each is an output channel of a 1x1 convolution, which engines
@@ -100,7 +101,7 @@ def _tiles(node: ir.Node) -> bool:
     return marked and square and plain and undilated and list(attribute(node, "strides", [])) == kernel
 
 
-def protect_float_layers(editor: Editor) -> None:
+def protect_float_layers(editor: OnnxEditor) -> None:
     """Keep ONNX Runtime from quantizing the float weight of a layer between two quantizers on its own.
 
     It looks for the quantizer behind the layer; a Min that changes nothing hides it.
@@ -125,8 +126,11 @@ def _between(node: ir.Node) -> bool:
     return quantized and source(value, "DequantizeLinear") is not None
 
 
-def finish(editor: Editor) -> None:
-    """Drop everything that is not the network: traces of its source, unused names and domains."""
+def finish(editor: OnnxEditor, dimensions: Dimensions) -> None:
+    """Drop everything that is not the network: traces of its source, unused names and domains.
+
+    Open dimensions of inputs, and what outputs have of them, get their names.
+    """
     model, graph = editor.model, editor.graph
     common.ClearMetadataAndDocStringPass()(model)
     graph.metadata_props.clear()
@@ -136,7 +140,7 @@ def finish(editor: Editor) -> None:
                 place = f".{output.index()}" if len(node.outputs) > 1 else ""
                 output.name = f"{node.name}.out{place}"
                 output.shape = None  # engines infer it
-    _name_batch(graph)
+    _name_dimensions(graph, dimensions)
     common.RemoveUnusedOpsetsPass()(model)
     graph.opset_imports.setdefault("", 21)
     graph.name = "network"
@@ -146,17 +150,24 @@ def finish(editor: Editor) -> None:
     model.metadata_props["ptqcore"] = __version__
 
 
-def _name_batch(graph: ir.Graph) -> None:
-    """Call the open dimension of inputs and outputs `batch`: the tracer numbers its symbols."""
-    ends = [value for value in (*graph.inputs, *graph.outputs) if value.shape is not None]
-    symbol = next((size.value for value in ends for size in value.shape or () if _is_open(size)), None)
-    for value in ends:
-        assert value.shape is not None
-        sizes = [
-            re.sub(rf"\b{symbol}\b", BATCH, str(size.value)) if _is_open(size) else size
-            for size in value.shape
-        ]
-        value.shape = ir.Shape(sizes)
+def _name_dimensions(graph: ir.Graph, dimensions: Dimensions) -> None:
+    """Call open dimensions by their names: the tracer numbers its symbols."""
+    names = {}
+    for value in graph.inputs:
+        for place, name in dimensions.get(value.name or "", {}).items():
+            size = None if value.shape is None else value.shape[place]
+            if _is_open(size):
+                names[size.value] = name
+    for value in (*graph.inputs, *graph.outputs):
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                [_renamed(str(size.value), names) if _is_open(size) else size for size in value.shape]
+            )
+
+
+def _renamed(size: str, names: Mapping[str | None, str]) -> str:
+    """A symbol, or an expression of symbols, with their names."""
+    return re.sub(r"\w+", lambda symbol: names.get(symbol[0], symbol[0]), size)
 
 
 def _is_open(size: object) -> TypeGuard[ir.SymbolicDim]:

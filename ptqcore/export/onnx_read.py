@@ -1,5 +1,6 @@
 """Read the layers of an exported file back with the `onnx` package alone, and compare them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,17 +29,19 @@ def largest_difference(path: Path, model: nn.Module) -> float:
     return max((file.difference(name, layer) for name, layer in layers.items()), default=0.0)
 
 
-def fixed_inputs(path: Path) -> dict[str, list[int]]:
-    """The inputs that have no open dimension, and their shapes."""
-    shapes = {
-        value.name: value.type.tensor_type.shape.dim
-        for value in onnx.load(str(path), load_external_data=False).graph.input
-    }
-    return {
-        name: [size.dim_value for size in sizes]
-        for name, sizes in shapes.items()
-        if all(size.HasField("dim_value") for size in sizes)
-    }
+def fixed_dimensions(path: Path, asked: Mapping[str, Mapping[int, str]]) -> list[str]:
+    """Sentences on inputs that have no open dimension, or not all that were asked for."""
+    sentences = []
+    for value in onnx.load(str(path), load_external_data=False).graph.input:
+        name, sizes = value.name, value.type.tensor_type.shape.dim
+        fixed = {place: size.dim_value for place, size in enumerate(sizes) if size.HasField("dim_value")}
+        if len(fixed) == len(sizes):
+            sentences.append(f"takes {name} in this shape only: {list(fixed.values())}")
+            continue
+        for place, meaning in asked.get(name, {}).items():
+            if place in fixed:
+                sentences.append(f"takes {name} with a {meaning} of {fixed[place]} only")
+    return sentences
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class _File:
 
     def _is_constant(self, name: str) -> bool:
         maker = self.producers.get(name)
-        return name in self.constants if maker is None else self._is_constant(maker.input[0])
+        return name in self.constants if maker is None else all(map(self._is_constant, maker.input))
 
     def _array(self, name: str) -> np.ndarray:
         if name not in self.constants:

@@ -1,13 +1,13 @@
 """From a quantized model to an ONNX graph whose grids are still open: marks stand where they belong.
 
-The model is traced without its activation quantizers. In their place, and around the weight and the
+The model is traced without the quantizers of its activations. In their place, and around the weight and the
 bias of every quantized layer, stands a node `Mark` that does nothing; what it stands for is kept
 beside the graph. So nothing of the rounding has to be recognised in the graph.
 """
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -47,6 +47,10 @@ class Parameter:
     layer: QuantModule
 
 
+Dimensions = Mapping[str, Mapping[int, str]]
+"""Input → which of its dimensions are open → the name of their size."""
+
+
 @dataclass(frozen=True)
 class Marked:
     """The graph; `activations`, `weights` and `biases` say by key what its marks stand for."""
@@ -55,39 +59,57 @@ class Marked:
     activations: dict[str, Activation]
     weights: dict[str, Parameter]
     biases: dict[str, Parameter]
+    dimensions: Dimensions
 
 
 def trace_marked(model: nn.Module, task: Task, samples: Sequence[Any]) -> Marked:
-    """The ONNX graph of a quantized model with marks, for any batch size if the model allows that.
+    """The ONNX graph of a quantized model with marks.
+
+    It takes any batch size, and any size of `task.open_dimensions`, if the model allows that.
 
     Raises:
         ExportError: if PyTorch cannot trace the model.
     """
     quantizers = quantizers_of(model)
-    for layer in model.modules():
-        if isinstance(layer, QuantModule):
-            _ = layer.weight  # made now: unpacking it is no part of the graph
-    with detached(model), torch.no_grad():
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, QuantModule)}
+    for layer in layers.values():
+        _ = layer.weight  # made now: unpacking it is no part of the graph
+    with detached(model), _unrounded(layers.values()) as inputs, torch.no_grad():
         sample = samples[0]
         flow = trace(model, partial(task.forward, model, sample))
-        weights, biases = _parameters(model, flow)
-        activations = (
-            {} if quantizers is None else {str(e): Activation(e, quantizers[e]) for e in quantizers.names}
-        )
+        weights, biases = _parameters(layers, flow)
+        edges = {} if quantizers is None else {edge: quantizers[edge] for edge in quantizers.names}
+        edges |= {
+            Edge(one.site, "input"): inputs[one.layer] for one in weights.values() if one.layer in inputs
+        }
+        activations = {str(edge): Activation(edge, quantizer) for edge, quantizer in edges.items()}
         functions = {one.edge: _marker(key) for key, one in activations.items()}
         functions |= {Edge(one.site, "input", 1): _marker(key) for key, one in weights.items()}
         functions |= {Edge(one.site, "input", 2): _marker(key) for key, one in biases.items()}
-        graph = _to_onnx(_Fed(model, task, sample, functions))
-    return Marked(graph, activations, weights, biases)
+        graph, dimensions = _to_onnx(_Fed(model, task, sample, functions), task.open_dimensions)
+    return Marked(graph, activations, weights, biases, dimensions)
 
 
-def _parameters(model: nn.Module, flow: Dataflow) -> tuple[dict[str, Parameter], dict[str, Parameter]]:
+@contextmanager
+def _unrounded(layers: Iterable[QuantModule]) -> Iterator[dict[QuantModule, FakeQuant]]:
+    """Run layers without the quantizers of their own inputs, which are given by layer."""
+    found = {layer: layer.input_quantizer for layer in layers if layer.input_quantizer is not None}
+    for layer in found:
+        layer.input_quantizer = None
+    try:
+        yield found
+    finally:
+        for layer, quantizer in found.items():
+            layer.input_quantizer = quantizer
+
+
+def _parameters(
+    layers: Mapping[str, QuantModule], flow: Dataflow
+) -> tuple[dict[str, Parameter], dict[str, Parameter]]:
     weights, biases = {}, {}
     for op in flow.ops:
-        if op.name not in LAYERS:
-            continue
-        layer = model.get_submodule(op.site.owner)
-        if isinstance(layer, QuantModule):
+        layer = layers.get(op.site.owner)
+        if op.name in LAYERS and layer is not None:
             weights[f"{op.site} weight"] = Parameter(op.site, layer)
             if layer.bias is not None:
                 biases[f"{op.site} bias"] = Parameter(op.site, layer)
@@ -125,16 +147,12 @@ class _Fed(nn.Module):
         return tuple(tensors_in(self._task.forward(self.model, with_tensors(self._sample, tensors))))
 
 
-def _to_onnx(fed: _Fed) -> ir.Model:
-    """Trace with a batch dimension if the model has one, and else with the shapes of the sample."""
+def _to_onnx(fed: _Fed, open_dimensions: Dimensions) -> tuple[ir.Model, Dimensions]:
+    """The graph, and which of its dimensions are open."""
     tensors = list(fed.inputs.values())
     count = len(fed.plain(tensors))
-    doubled = _doubled(fed, tensors)
     with _quietly():
-        program = None if doubled is None else _traced(fed, doubled, dynamic=True)
-        if program is None:
-            program = _traced(fed, tensors, dynamic=False)
-        assert program is not None
+        program, dimensions = _traced_openly(fed, tensors, open_dimensions)
         try:
             onnx_program = torch.onnx.export(
                 program,
@@ -146,11 +164,36 @@ def _to_onnx(fed: _Fed) -> ir.Model:
             )
         except Exception as error:
             raise ExportError(
-                f"export onnx-qdq: the model has no ONNX form: {_first_line(error)}"
+                f"export to ONNX: the model has no ONNX form: {_first_line(error)}"
             ) from error
     assert onnx_program is not None
     model: ir.Model = onnx_program.model
-    return model
+    return model, dimensions
+
+
+def _traced_openly(
+    fed: _Fed, tensors: list[Tensor], asked: Dimensions
+) -> tuple[torch.export.ExportedProgram, Dimensions]:
+    """The exported program with as many open dimensions as the model allows: those that are asked for
+    and a batch, a batch alone, or none.
+
+    Raises:
+        ExportError: if it cannot be traced with fixed shapes either.
+    """
+    doubled = _doubled(fed, tensors)
+    if doubled is not None:
+        batch = {name: {0: BATCH} for name in fed.inputs}
+        wider = {name: {**sizes, **asked.get(name, {})} for name, sizes in batch.items()}
+        for dimensions in (wider, batch):
+            try:
+                return _traced(fed, doubled, dimensions), dimensions
+            except Exception:
+                continue
+    try:
+        return _traced(fed, tensors, {}), {}
+    except Exception as error:
+        reason = _first_line(error)
+        raise ExportError(f"export to ONNX: PyTorch cannot trace the model: {reason}") from error
 
 
 def _doubled(fed: _Fed, tensors: list[Tensor]) -> list[Tensor] | None:
@@ -166,22 +209,15 @@ def _doubled(fed: _Fed, tensors: list[Tensor]) -> list[Tensor] | None:
     return twice if all(one.ndim and one.shape[0] == 2 * size for one in outputs) else None
 
 
-def _traced(fed: _Fed, tensors: list[Tensor], dynamic: bool) -> torch.export.ExportedProgram | None:
-    """The exported program; None if the batch dimension cannot be left open.
-
-    Raises:
-        ExportError: if it cannot be traced with fixed shapes either.
-    """
-    batch = torch.export.Dim(BATCH)
-    shapes = (({0: batch},) * len(tensors),) if dynamic else None
-    try:
-        return torch.export.export(fed, tuple(tensors), dynamic_shapes=shapes, strict=False)
-    except Exception as error:
-        if dynamic:
-            return None
-        raise ExportError(
-            f"export onnx-qdq: PyTorch cannot trace the model: {_first_line(error)}"
-        ) from error
+def _traced(fed: _Fed, tensors: list[Tensor], dimensions: Dimensions) -> torch.export.ExportedProgram:
+    """The exported program; it raises whatever the tracer raises."""
+    named: dict[str, Any] = {}
+    for name in (name for sizes in dimensions.values() for name in sizes.values()):
+        named.setdefault(name, torch.export.Dim(name))
+    shapes = tuple(
+        {place: named[name] for place, name in dimensions.get(given, {}).items()} for given in fed.inputs
+    )
+    return torch.export.export(fed, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
 
 
 def _first_line(error: Exception) -> str:

@@ -3,13 +3,16 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_hook
 
 from ptqcore.dataflow import tensors_in
 from ptqcore.engines import ENGINES, Execution, execute, fallback_reasons
@@ -19,6 +22,8 @@ from ptqcore.report.record import EngineRecord
 from ptqcore.task import Task
 
 SAMPLES = 32
+# Fewer samples are compared where their outputs are large (a vocabulary for every token).
+_MOST_VALUES = 2**25
 _CONTROLS = 8
 # Outputs that are on no grid are compared in steps of 8 bits over their range.
 _STEPS = 127
@@ -31,12 +36,12 @@ Outputs = list[np.ndarray]
 
 def compare(path: Path, model: nn.Module, task: Task, samples: Sequence[Any]) -> tuple[EngineRecord, ...]:
     """Run a file in every engine, and the model in PyTorch, on the first calibration samples."""
-    samples = samples[:SAMPLES]
+    simulated = _simulate(model, task, samples[:SAMPLES])
+    samples = samples[: len(simulated)]
     inputs = [
         {name: tensor.detach().cpu().numpy() for name, tensor in named_inputs(model, sample).items()}
         for sample in samples
     ]
-    simulated = _simulate(model, task, samples)
     again = _simulate_otherwise(model, task, samples[:_CONTROLS])
     steps = _steps(path, simulated)
     control = _within(np.concatenate(_differences(simulated[:_CONTROLS], again, steps)))
@@ -50,24 +55,47 @@ def compare(path: Path, model: nn.Module, task: Task, samples: Sequence[Any]) ->
             records.append(EngineRecord(engine, problem=str(error)))
             continue
         record = EngineRecord(engine, layers=layers, samples=len(samples), control=control)
-        records.append(_figures(record, simulated, found, steps))
+        records.append(_figures(record, simulated, found, steps, task.class_dimension))
     return tuple(records)
 
 
+@torch.no_grad()
 def _simulate(model: nn.Module, task: Task, samples: Sequence[Any]) -> list[Outputs]:
-    with torch.no_grad():
-        return [
-            [one.detach().cpu().numpy() for one in tensors_in(task.forward(model, sample))]
-            for sample in samples
-        ]
+    """The outputs of the first samples: as many as `_MOST_VALUES` allows, and at least one."""
+    found: list[Outputs] = []
+    values = 0
+    for sample in samples:
+        outputs = [one.detach().cpu().numpy() for one in tensors_in(task.forward(model, sample))]
+        values += sum(one.size for one in outputs)
+        if found and values > _MOST_VALUES:
+            break
+        found.append(outputs)
+    return found
 
 
 def _simulate_otherwise(model: nn.Module, task: Task, samples: Sequence[Any]) -> list[Outputs]:
-    """The same with sums in another order, for convolutions: without oneDNN."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the switch also sets what this build of PyTorch may not have
-        with torch.backends.mkldnn.flags(enabled=False):
-            return _simulate(model, task, samples)
+    """The same with other rounding errors of float32, as engines have them.
+
+    Convolutions sum in another order (without oneDNN), attention is computed in single steps, and what
+    modules return is off by one in its last place.
+    """
+    generator = torch.Generator().manual_seed(0)
+    handle = register_module_forward_hook(partial(_nudge, generator))  # type: ignore[arg-type]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the switch also sets what this build of PyTorch may not have
+            with torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH):
+                return _simulate(model, task, samples)
+    finally:
+        handle.remove()
+
+
+def _nudge(generator: torch.Generator, module: nn.Module, args: Any, output: Any) -> Tensor | None:
+    """A module's output in float32, each value one place up, down, or as it is."""
+    if not isinstance(output, Tensor) or output.dtype != torch.float32 or any(module.children()):
+        return None
+    places = torch.randint(-1, 2, output.shape, generator=generator).to(output.device)
+    return output * (1 + places * torch.finfo(torch.float32).eps)
 
 
 def _in_order(execution: Execution, simulated: list[Outputs]) -> list[Outputs]:
@@ -124,7 +152,11 @@ def _within(differences: np.ndarray) -> float:
 
 
 def _figures(
-    record: EngineRecord, ours: list[Outputs], theirs: list[Outputs], steps: list[float]
+    record: EngineRecord,
+    ours: list[Outputs],
+    theirs: list[Outputs],
+    steps: list[float],
+    class_dimension: int,
 ) -> EngineRecord:
     differences = np.concatenate(_differences(ours, theirs, steps))
     if not differences.size:
@@ -133,10 +165,10 @@ def _figures(
     below = np.searchsorted(np.sort(differences), limits, side="right")
     shares = np.diff(below, prepend=0) / differences.size
     same = [
-        (one.argmax(1) == other.argmax(1)).ravel()
+        (one.argmax(class_dimension) == other.argmax(class_dimension)).ravel()
         for sample, found in zip(ours, theirs, strict=True)
         for one, other, step in zip(sample, found, steps, strict=True)
-        if step and one.ndim in (2, 4)
+        if step and _has_classes(one, class_dimension)
     ]
     return replace(
         record,
@@ -145,3 +177,8 @@ def _figures(
         histogram={name: float(share) for name, share in zip(_BINS, shares, strict=True)},
         agreement=float(np.concatenate(same).mean()) if same else None,
     )
+
+
+def _has_classes(output: np.ndarray, dimension: int) -> bool:
+    """Whether an output looks like scores: of a sample, of every pixel, or of every position."""
+    return output.ndim in ((2, 3) if dimension == -1 else (2, 4))

@@ -33,10 +33,6 @@ GROUPS = {"granularity": "group", "group_size": 4}
             "quant.activations.dynamic is true: set it to false",
         ),
         (
-            {"weights": WEIGHTS, "activations": ACTIVATIONS},
-            "quant.scope is layers: set quant.scope to dataflow",
-        ),
-        (
             {"weights": GROUPS, "activations": ACTIVATIONS, "scope": "dataflow"},
             "set quant.weights.granularity to channel, or quant.activations to null",
         ),
@@ -57,6 +53,13 @@ def test_groups_are_for_linear_layers():
     quant = QuantSection.model_validate({"weights": GROUPS})
     OnnxQDQ().check_layers(quant, {"head": nn.Linear(8, 8)})
     with pytest.raises(ExportError, match=r"stem is a Conv2d: set quant.weights.granularity"):
+        OnnxQDQ().check_layers(quant, {"stem": nn.Conv2d(8, 8, 3)})
+
+
+def test_convolutions_need_the_grids_of_their_outputs():
+    quant = QuantSection.model_validate({"weights": WEIGHTS, "activations": ACTIVATIONS})
+    OnnxQDQ().check_layers(quant, {"head": nn.Linear(8, 8)})
+    with pytest.raises(ExportError, match=r"stem, a Conv2d, .* quant.scope is layers: set quant.scope to"):
         OnnxQDQ().check_layers(quant, {"stem": nn.Conv2d(8, 8, 3)})
 
 
