@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ptq_llm.flow_questions import FlowQuestions, within
-from ptq_llm.probing import Unreached, channel_map, has_unit_offset, in_float32
+from ptq_llm.norm_probe import find_norm
+from ptq_llm.probing import Unreached, channel_map, in_float32
 from ptqcore import Block, BlockIO, Dataflow
 
 Kind = Literal["norm", "linear", "shared"]
@@ -126,7 +127,11 @@ class Finder:
     def _probe(self, block: Block, io: BlockIO, groups: list[Group]) -> _Probed:
         found = _Probed()
         for norm in (group.producer for group in groups if group.kind == "norm"):
-            found.unit_offset[_relative(norm, block.path)] = has_unit_offset(io, norm)
+            module = block.model.get_submodule(norm)
+            convention = find_norm(module, len(module.get_parameter("weight")))
+            found.unit_offset[_relative(norm, block.path)] = (
+                convention is not None and not convention.identity
+            )
         direct = {path for group in groups if group.direct for path in group.consumers}
         layers = block.layers()
         unreached = []

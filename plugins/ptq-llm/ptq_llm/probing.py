@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ptqcore import Block, BlockIO, tensors_in
+from ptqcore import Block, BlockIO
 
 _MOST_SAMPLES = 3
 _SPREAD = 2.0  # the factors lie between 1/2 and 2
@@ -170,28 +170,3 @@ def _filled(rows: Tensor, plain: _Seen) -> Tensor | None:
     channels = torch.arange(len(rows))
     offsets = (rows - channels)[~dead]
     return channels + offsets[0] if bool((offsets == offsets[0]).all()) else None
-
-
-@torch.no_grad()
-def has_unit_offset(io: BlockIO, norm: str) -> bool:
-    """Whether a norm multiplies by 1 + weight: a weight of 0 does not silence it.
-
-    Args:
-        io: the inputs of the block that holds the norm.
-        norm: its path.
-    """
-    module, seen = io.block.model.get_submodule(norm), []
-    parameters = [module._parameters[name] for name in ("weight", "bias") if name in module._parameters]
-    kept = [(tensor, tensor.data) for tensor in parameters if tensor is not None]
-    handle = module.register_forward_hook(
-        lambda _, args, output: seen.append(tensors_in(output)[0].abs().max())
-    )
-    try:
-        for tensor, data in kept:
-            tensor.data = torch.zeros_like(data)
-        io.run_sample(0)
-    finally:
-        handle.remove()
-        for tensor, data in kept:
-            tensor.data = data
-    return any(bool(largest > 0) for largest in seen)
