@@ -16,7 +16,7 @@ from ptqcore.plan import make_plan
 from ptqcore.plugin import discover
 from ptqcore.recipe import Recipe, read_recipe
 
-LLM_RECIPES = ["fp8", "kv4", "w2a16-g64", "w3a16-g64", "w4a16-g64", "w8a8"]
+LLM_RECIPES = ["fp8", "kv4", "w2a16", "w3a16", "w4a16", "w4a4", "w4a8", "w6a6", "w8a8"]
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_plugins_lists_the_core_and_what_the_language_model_plugin_brings(ptq):
     lines = out.splitlines()
     assert lines[0].startswith("core: steps equalize, round, adaround, brecq, qdrop, bias-correction; ")
     (llm,) = [line for line in lines if line.startswith("llm ")]
-    assert llm.startswith(f"llm (ptq-llm {discover().versions()['llm']}): tasks causal-lm; ")
+    assert llm.startswith(f"llm (ptq-llm {discover().versions()['llm']}): tasks causal-lm, text-encoder; ")
     assert llm.endswith(f"recipes {', '.join(LLM_RECIPES)}")
 
 
@@ -143,7 +143,7 @@ def test_recipe_list_names_every_recipe_with_its_description(ptq):
     assert code == 0
     lines = dict(line.split(": ", 1) for line in out.splitlines())
     assert [name.removesuffix(" (default)") for name in lines] == [f"llm {name}" for name in LLM_RECIPES]
-    assert [name for name in lines if name.endswith("(default)")] == ["llm w4a16-g64 (default)"]
+    assert [name for name in lines if name.endswith("(default)")] == ["llm w4a16 (default)"]
     assert all(lines.values())
 
 
@@ -170,7 +170,7 @@ def test_recipe_show_prints_the_recipe_as_it_would_run(ptq, tmp_path, name):
 
 
 def test_recipe_show_applies_overrides(ptq):
-    code, out, _ = ptq("recipe", "show", "w4a16-g64", "--set", "quant.weights.bits=3", "--set", "seed=5")
+    code, out, _ = ptq("recipe", "show", "w4a16", "--set", "quant.weights.bits=3", "--set", "seed=5")
     assert code == 0
     assert yaml.safe_load(out)["quant"]["weights"]["bits"] == 3
     assert yaml.safe_load(out)["seed"] == 5
@@ -180,12 +180,12 @@ def test_find_recipe_gives_a_recipe_as_it_would_run():
     registry = discover()
     read = read_recipe(registry.recipe_file("w8a8", "llm"), ["seed=5"])
     assert ptqcore.find_recipe("w8a8", "llm", ["seed=5"]) == make_plan(read, "llm", registry).resolved
-    assert ptqcore.find_recipe(None, "llm").name == "w4a16-g64"
+    assert ptqcore.find_recipe(None, "llm").name == "w4a16"
 
 
 # What is wrong
 
-SHOW = ("recipe", "show", "w4a16-g64", "--set")
+SHOW = ("recipe", "show", "w4a16", "--set")
 
 
 @pytest.mark.parametrize(
@@ -202,8 +202,8 @@ SHOW = ("recipe", "show", "w4a16-g64", "--set")
         ),
         (["map", "--plugin", "llm", "--html", "."], "cannot write .: it is a folder"),
         (
-            ["recipe", "show", "w4a16"],
-            "recipe 'w4a16' is unknown; did you mean 'w4a16-g64'?",
+            ["recipe", "show", "w4a61"],
+            "recipe 'w4a61' is unknown; did you mean 'w4a16'?",
         ),
         (["quantize", "--plugin", "llm", "--recipe", "no.yaml"], "recipe no.yaml cannot be read: "),
         ([*SHOW, "quant.weights.bts=4"], "'quant.weights.bts' is unknown; did you mean 'bits'?"),

@@ -209,7 +209,7 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(recipe_file, overrid
 
 def test_an_unknown_key_unlike_all_others_lists_what_is_known(recipe_file):
     message = error_of(recipe_file, "quant.zzz=1")
-    known = "activations, first_last_bits, ignore, scope, weights"
+    known = "activations, first_last_bits, ignore, min_tokens, scope, weights"
     assert message == f"recipe key 'quant.zzz' is unknown; known: {known}"
 
 

@@ -29,7 +29,7 @@ from ptq_llm.metrics import Judge
 from ptqcore import cli, find_recipe
 from ptqcore.rounding import Round
 
-RECIPES = ("w8a8", "w4a16-g64")
+RECIPES = ("w8a8", "w4a16")
 METRICS = ("perplexity", "kl_divergence", "top1_agreement")
 
 

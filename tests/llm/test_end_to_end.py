@@ -29,12 +29,13 @@ EXPORT = "exports/compressed-tensors"
 # A symmetric grid in float32 leaves no room for differences: all of these were measured as 0.0.
 TOLERANCE = 1e-4
 
-RECIPES = {"w8a8": 8, "fp8": 8, "w4a16-g64": 4, "w3a16-g64": 3, "w2a16-g64": 2}  # name → bits of a weight
+RECIPES = {"w8a8": 8, "fp8": 8, "w4a16": 4, "w3a16": 3, "w2a16": 2}  # name → bits of a weight
 ASYMMETRIC = ("quant.weights.symmetric=false", "quant.weights.signed_scale=false")
 
 
 def recipe(name, model, texts, *overrides):
-    """A shipped recipe for a tiny model: windows of 32 tokens, groups of 32 weights."""
+    """The grids of a shipped recipe for a tiny model, rounded to nearest: windows of 32 tokens, groups of 32
+    weights."""
     small = [
         f"task.model={model}",
         f"task.text={texts / 'text.txt'}",
@@ -43,8 +44,9 @@ def recipe(name, model, texts, *overrides):
         "task.max_windows=8",
         "task.calibration_window=32",
         "task.calibration_samples=4",
+        "steps=[round]",
     ]
-    small += ["quant.weights.group_size=32"] if "g64" in name else []
+    small += ["quant.weights.group_size=32"] if "a16" in name else []
     return read_recipe(discover().recipe_file(name, "llm"), [*small, *overrides])
 
 
@@ -188,7 +190,7 @@ def test_every_linear_layer_of_the_decoder_is_quantized_and_the_rest_is_accounte
 
 
 def test_each_lower_bit_width_diverges_more(finished):
-    ladder = ["w8a8", "w4a16-g64", "w3a16-g64", "w2a16-g64"]
+    ladder = ["w8a8", "w4a16", "w3a16", "w2a16"]
     found = [finished(name).record.after["kl_divergence"] for name in ladder]
     assert found == sorted(found)
     assert len(set(found)) == len(found)
@@ -207,7 +209,7 @@ def test_a_loaded_artifact_gives_the_logits_of_the_model_quantized_in_memory(fin
 
 @pytest.mark.parametrize("architecture", tiny_lm.ARCHITECTURES)
 def test_two_loads_of_an_artifact_give_the_same_logits(finished, architecture):
-    folder = finished("w4a16-g64", architecture).folder
+    folder = finished("w4a16", architecture).folder
     first, second = ptqcore.load(folder), ptqcore.load(folder)
     assert torch.equal(logits(first), logits(second))
     assert not first.training
@@ -249,7 +251,7 @@ def test_an_artifact_of_another_structure_is_refused(finished):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_model_in_half_precision_stays_so(finished, dtype):
-    folder = finished("w4a16-g64", "llama", f"task.dtype={dtype}").folder
+    folder = finished("w4a16", "llama", f"task.dtype={dtype}").folder
     loaded = ptqcore.load(folder)
     assert {tensor.dtype for tensor in loaded.parameters()} == {getattr(torch, dtype)}
     exported = load_export(folder)
@@ -261,7 +263,7 @@ def test_a_model_in_half_precision_stays_so(finished, dtype):
 
 
 @pytest.mark.parametrize("architecture", tiny_lm.ARCHITECTURES)
-@pytest.mark.parametrize("name", ["w8a8", "w4a16-g64"])
+@pytest.mark.parametrize("name", ["w8a8", "w4a16"])
 def test_the_export_loads_in_transformers_with_the_logits_of_the_artifact(finished, name, architecture):
     folder = finished(name, architecture).folder
     expected = logits(ptqcore.load(folder))
@@ -269,7 +271,7 @@ def test_the_export_loads_in_transformers_with_the_logits_of_the_artifact(finish
     assert expected.abs().max() > 2
 
 
-@pytest.mark.parametrize("name", ["fp8", "w3a16-g64", "w2a16-g64"])
+@pytest.mark.parametrize("name", ["fp8", "w3a16", "w2a16"])
 def test_the_export_of_the_other_recipes_loads_in_transformers_with_equal_logits(finished, name):
     folder = finished(name).folder
     assert (logits(load_export(folder)) - logits(ptqcore.load(folder))).abs().max() <= TOLERANCE
@@ -308,8 +310,8 @@ def test_static_ranges_come_from_the_calibration_text(finished, models, texts, t
 
 
 def test_asymmetric_weights_diverge_less_and_load_dequantized(finished):
-    run = finished("w4a16-g64", "llama", *ASYMMETRIC)
-    assert run.record.after["kl_divergence"] < finished("w4a16-g64").record.after["kl_divergence"]
+    run = finished("w4a16", "llama", *ASYMMETRIC)
+    assert run.record.after["kl_divergence"] < finished("w4a16").record.after["kl_divergence"]
     loaded = ptqcore.load(run.folder)
     assert loaded.model.layers[0].mlp.up_proj.weight_zero_point is not None
     assert torch.equal(logits(loaded), logits(quantized_in_memory(run.recipe)))
@@ -318,8 +320,8 @@ def test_asymmetric_weights_diverge_less_and_load_dequantized(finished):
 
 
 def test_the_mse_observer_clips_and_lowers_the_error_of_the_weights(finished):
-    run = finished("w3a16-g64", "llama", "quant.weights.observer=mse")
-    plain = {layer.path: layer for layer in finished("w3a16-g64").record.layers}
+    run = finished("w3a16", "llama", "quant.weights.observer=mse")
+    plain = {layer.path: layer for layer in finished("w3a16").record.layers}
     assert all(layer.clipped > plain[layer.path].clipped for layer in run.record.layers)
     errors = [(layer.relative_error, plain[layer.path].relative_error) for layer in run.record.layers]
     assert sum(now for now, _ in errors) < sum(then for _, then in errors)
@@ -327,7 +329,7 @@ def test_the_mse_observer_clips_and_lowers_the_error_of_the_weights(finished):
 
 
 def test_ignored_layers_stay_as_they_were(finished):
-    run = finished("w4a16-g64", "llama", "quant.ignore=['*.down_proj', model.layers.1.*]")
+    run = finished("w4a16", "llama", "quant.ignore=['*.down_proj', model.layers.1.*]")
     loaded, original = ptqcore.load(run.folder), tiny_lm.build()
     quantized = {path for path, layer in loaded.named_modules() if isinstance(layer, QuantLinear)}
     assert len(quantized) == 2 * 6
@@ -353,7 +355,7 @@ def test_without_texts_the_model_writes_its_own(models, texts, finished, tmp_pat
 
 
 @pytest.mark.parametrize("architecture", tiny_lm.ARCHITECTURES)
-@pytest.mark.parametrize("name", ["w8a8", "w4a16-g64"])
+@pytest.mark.parametrize("name", ["w8a8", "w4a16"])
 def test_the_blocks_of_every_architecture_are_its_decoder_layers(finished, name, architecture):
     run = finished(name, architecture)
     assert [block.path for block in run.record.blocks] == [f"model.layers.{i}" for i in range(3)]
@@ -367,7 +369,7 @@ def test_the_blocks_of_every_architecture_are_its_decoder_layers(finished, name,
 
 
 @pytest.mark.parametrize("architecture", tiny_lm.ARCHITECTURES)
-@pytest.mark.parametrize("name", ["w8a8", "w4a16-g64"])
+@pytest.mark.parametrize("name", ["w8a8", "w4a16"])
 def test_every_architecture_is_quantized_as_in_memory(finished, name, architecture):
     run = finished(name, architecture)
     expected = quantized_in_memory(run.recipe, architecture)
@@ -380,7 +382,7 @@ def test_the_error_of_a_block_is_that_of_its_output_in_the_whole_model(
     finished, models, texts, architecture
 ):
     """Masks, positions and what flows between blocks are those of the real forward pass."""
-    run = finished("w4a16-g64", architecture)
+    run = finished("w4a16", architecture)
     quantized, half = ptqcore.load(run.folder), ptqcore.load(run.folder)
     original = tiny_lm.build(architecture)
     half.model.layers[2] = original.model.layers[2]  # the last block in full precision
@@ -412,21 +414,21 @@ def test_the_same_recipe_gives_the_same_bytes(finished, models, texts, tmp_path)
 
 
 def test_the_written_out_recipe_gives_the_same_bytes(finished, tmp_path):
-    folder = finished("w3a16-g64").folder
+    folder = finished("w3a16").folder
     written = yaml.safe_load((folder / "recipe.yaml").read_text())
     assert written["task"]["window"] == 32
     record = ptqcore.quantize(read_recipe(folder / "recipe.yaml"), "llm", tmp_path / "out")
     assert weights_of(tmp_path / "out") == weights_of(folder)
-    assert record.after == finished("w3a16-g64").record.after
+    assert record.after == finished("w3a16").record.after
 
 
 def test_a_second_run_replaces_the_artifact(models, texts, finished, tmp_path):
     out = tmp_path / "out"
     ptqcore.quantize(recipe("w8a8", models("llama"), texts), "llm", out)
-    ptqcore.quantize(recipe("w4a16-g64", models("llama"), texts, "export=[]"), "llm", out)
-    assert weights_of(out) == weights_of(finished("w4a16-g64").folder)
-    assert json.loads((out / "metrics.json").read_text())["recipe"] == "w4a16-g64"
-    assert torch.equal(logits(ptqcore.load(out)), logits(ptqcore.load(finished("w4a16-g64").folder)))
+    ptqcore.quantize(recipe("w4a16", models("llama"), texts, "export=[]"), "llm", out)
+    assert weights_of(out) == weights_of(finished("w4a16").folder)
+    assert json.loads((out / "metrics.json").read_text())["recipe"] == "w4a16"
+    assert torch.equal(logits(ptqcore.load(out)), logits(ptqcore.load(finished("w4a16").folder)))
     assert not (out / "exports").exists()  # the old one belongs to other weights
 
 
@@ -474,7 +476,7 @@ def interrupted(spy, models, texts, tmp_path):
     spy.stop_at = "model.layers.1"
     out = tmp_path / "out"
     with pytest.raises(InterruptionError):
-        ptqcore.quantize(recipe("w4a16-g64", models("llama"), texts), "llm", out)
+        ptqcore.quantize(recipe("w4a16", models("llama"), texts), "llm", out)
     assert spy.blocks == ["model.layers.0"]
     assert not (out / "manifest.json").exists()
     spy.stop_at = None
@@ -493,11 +495,11 @@ def same_figures(one, other):
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(interrupted, spy, models, texts, finished):
-    chosen = recipe("w4a16-g64", models("llama"), texts)
+    chosen = recipe("w4a16", models("llama"), texts)
     record = ptqcore.quantize(chosen, "llm", interrupted, resume=True)
     assert spy.blocks == ["model.layers.1", "model.layers.2"]
-    assert weights_of(interrupted) == weights_of(finished("w4a16-g64").folder)
-    same_figures(record, finished("w4a16-g64").record)
+    assert weights_of(interrupted) == weights_of(finished("w4a16").folder)
+    same_figures(record, finished("w4a16").record)
     assert not (interrupted / ".work").exists()
 
 
@@ -506,7 +508,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(interrupted, spy, models, te
     [
         ("w8a8", "gemma3_text", [f"quant.activations={STATIC}"]),
         ("fp8", "qwen3", ["seed=1"]),
-        ("w4a16-g64", "qwen2", ASYMMETRIC),
+        ("w4a16", "qwen2", ASYMMETRIC),
     ],
     ids=["static inputs", "fp8", "asymmetric"],
 )
@@ -529,7 +531,7 @@ def test_other_kinds_of_runs_resume_too(
 def test_a_run_interrupted_after_the_last_block_computes_no_block_again(
     spy, models, texts, finished, tmp_path, monkeypatch
 ):
-    chosen = recipe("w4a16-g64", models("llama"), texts)
+    chosen = recipe("w4a16", models("llama"), texts)
     with monkeypatch.context() as patch:
         patch.setattr(artifact, "save", lambda *_: (_ for _ in ()).throw(InterruptionError))
         with pytest.raises(InterruptionError):
@@ -537,40 +539,40 @@ def test_a_run_interrupted_after_the_last_block_computes_no_block_again(
     spy.blocks.clear()
     ptqcore.quantize(chosen, "llm", tmp_path / "out", resume=True)
     assert spy.blocks == []
-    assert weights_of(tmp_path / "out") == weights_of(finished("w4a16-g64").folder)
+    assert weights_of(tmp_path / "out") == weights_of(finished("w4a16").folder)
 
 
 def test_a_run_interrupted_twice_resumes(interrupted, spy, models, texts, finished):
-    chosen = recipe("w4a16-g64", models("llama"), texts)
+    chosen = recipe("w4a16", models("llama"), texts)
     spy.stop_at = "model.layers.2"
     with pytest.raises(InterruptionError):
         ptqcore.quantize(chosen, "llm", interrupted, resume=True)
     spy.stop_at = None
     ptqcore.quantize(chosen, "llm", interrupted, resume=True)
     assert spy.blocks == ["model.layers.1", "model.layers.2"]
-    assert weights_of(interrupted) == weights_of(finished("w4a16-g64").folder)
+    assert weights_of(interrupted) == weights_of(finished("w4a16").folder)
 
 
 def test_without_resume_everything_is_computed_again(interrupted, spy, models, texts, finished):
-    ptqcore.quantize(recipe("w4a16-g64", models("llama"), texts), "llm", interrupted)
+    ptqcore.quantize(recipe("w4a16", models("llama"), texts), "llm", interrupted)
     assert spy.blocks == [f"model.layers.{i}" for i in range(3)]
-    assert weights_of(interrupted) == weights_of(finished("w4a16-g64").folder)
+    assert weights_of(interrupted) == weights_of(finished("w4a16").folder)
 
 
 def test_resuming_where_nothing_was_begun_is_a_run_from_the_start(spy, models, texts, finished, tmp_path):
-    chosen = recipe("w4a16-g64", models("llama"), texts)
+    chosen = recipe("w4a16", models("llama"), texts)
     ptqcore.quantize(chosen, "llm", tmp_path / "out", resume=True)
     assert len(spy.blocks) == 3
-    assert weights_of(tmp_path / "out") == weights_of(finished("w4a16-g64").folder)
+    assert weights_of(tmp_path / "out") == weights_of(finished("w4a16").folder)
 
 
 @pytest.mark.parametrize("override", ["quant.weights.bits=3", "seed=1", "task.max_windows=7"])
 def test_resuming_with_another_recipe_is_refused(interrupted, spy, models, texts, override):
-    other = recipe("w4a16-g64", models("llama"), texts, override)
+    other = recipe("w4a16", models("llama"), texts, override)
     with pytest.raises(ArtifactError, match=r"--resume: .* had another recipe; restore that"):
         ptqcore.quantize(other, "llm", interrupted, resume=True)
     assert spy.blocks == []
-    ptqcore.quantize(recipe("w4a16-g64", models("llama"), texts), "llm", interrupted, resume=True)
+    ptqcore.quantize(recipe("w4a16", models("llama"), texts), "llm", interrupted, resume=True)
     assert spy.blocks == ["model.layers.1", "model.layers.2"]
 
 
@@ -580,7 +582,7 @@ def test_resuming_with_another_model_or_text_in_the_same_place_is_refused(
     folder = shutil.copytree(models("llama"), tmp_path / "model")
     own = tmp_path / "texts"
     own.mkdir()
-    chosen = recipe("w4a16-g64", folder, make_texts(own))
+    chosen = recipe("w4a16", folder, make_texts(own))
     spy.stop_at = "model.layers.1"
     with pytest.raises(InterruptionError):
         ptqcore.quantize(chosen, "llm", tmp_path / "out")
@@ -601,7 +603,7 @@ def test_resuming_with_another_evaluation_text_in_the_same_place_is_refused_or_m
 ):
     own = tmp_path / "texts"
     own.mkdir()
-    chosen = recipe("w4a16-g64", models("llama"), make_texts(own))
+    chosen = recipe("w4a16", models("llama"), make_texts(own))
     spy.stop_at = "model.layers.1"
     with pytest.raises(InterruptionError):
         ptqcore.quantize(chosen, "llm", tmp_path / "out")
@@ -633,17 +635,17 @@ def test_a_damaged_block_of_the_journal_is_computed_again(
     interrupted, spy, models, texts, finished, damage
 ):
     DAMAGE[damage](interrupted / ".work")
-    chosen = recipe("w4a16-g64", models("llama"), texts)
+    chosen = recipe("w4a16", models("llama"), texts)
     ptqcore.quantize(chosen, "llm", interrupted, resume=True)
     assert spy.blocks == [f"model.layers.{i}" for i in range(3)]
-    assert weights_of(interrupted) == weights_of(finished("w4a16-g64").folder)
+    assert weights_of(interrupted) == weights_of(finished("w4a16").folder)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\udcff"])
 def test_a_damaged_journal_is_refused(interrupted, models, texts, content):
     (interrupted / ".work/journal.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(ArtifactError, match="is damaged: run again without --resume"):
-        ptqcore.quantize(recipe("w4a16-g64", models("llama"), texts), "llm", interrupted, resume=True)
+        ptqcore.quantize(recipe("w4a16", models("llama"), texts), "llm", interrupted, resume=True)
 
 
 def test_the_text_that_another_model_wrote_is_not_used(spy, models, texts, tmp_path, monkeypatch):

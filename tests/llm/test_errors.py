@@ -171,16 +171,16 @@ def test_a_wrong_recipe(fail, override, sentence):
 
 @pytest.mark.parametrize("size", [0, -32])
 def test_a_group_size_below_one(fail, size):
-    sentence = fail(f"quant.weights.group_size={size}", recipe="w4a16-g64")
+    sentence = fail(f"quant.weights.group_size={size}", recipe="w4a16")
     assert f"'quant.weights.group_size' is {size}" in sentence
 
 
 def test_a_group_size_that_the_export_cannot_hold(fail):
-    sentence = fail("quant.weights.group_size=48", recipe="w4a16-g64")
+    sentence = fail("quant.weights.group_size=48", recipe="w4a16")
     assert "its 64 inputs are not a multiple of quant.weights.group_size 48" in sentence
 
 
-@pytest.mark.parametrize("name", ["w4a8", "/no/such/recipe.yaml"])
+@pytest.mark.parametrize("name", ["w5a5", "/no/such/recipe.yaml"])
 def test_a_missing_recipe(fail, name):
     assert name in fail(recipe=name)
 

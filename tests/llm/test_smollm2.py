@@ -25,7 +25,7 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize(("name", "limit"), [("w8a8", 1.04), ("w4a16-g64", 1.30)])
+@pytest.mark.parametrize(("name", "limit"), [("w8a8", 1.04), ("w4a16", 1.30)])
 def test_rounding_keeps_most_of_the_perplexity_and_the_export_its_logits(name, limit, tmp_path):
     chosen = read_recipe(discover().recipe_file(name, "llm"), SMALL)
     record = ptqcore.quantize(chosen, "llm", tmp_path)

@@ -26,13 +26,17 @@ plugin = Plugin(
         "clip": "ptq_llm.clip:Clip",
         "gptq": "ptq_llm.gptq:GPTQ",
         "hqq": "ptq_llm.hqq:HQQ",
+        "learned-clip": "ptq_llm.learned_clip:LearnedClip",
+        "learned-scale": "ptq_llm.learned_scale:LearnedScale",
         "low-rank": "ptq_llm.low_rank:LowRank",
+        "outlier-suppression": "ptq_llm.outlier_suppression:OutlierSuppression",
         "mixed-bits": "ptq_llm.mixed_bits:MixedBits",
         "reassemble": "ptq_llm.qllm:ChannelReassembly",
         "rotate": "ptq_llm.rotate:Rotate",
         "os-plus": "ptq_llm.os_plus:OSPlus",
         "smoothquant": "ptq_llm.smoothquant:SmoothQuant",
     },
+    observers={"token-wise": "ptq_llm.token_wise:TokenWise"},
     attachments={
         "affine": "ptq_llm.rescale:Affine",
         "hadamard": "ptq_llm.rotation:Hadamard",
@@ -47,7 +51,7 @@ plugin = Plugin(
         "onnx-matmulnbits": "ptq_llm.onnx_matmulnbits:OnnxMatMulNBits",
     },
     recipes="ptq_llm/recipes",
-    default_recipe="w4a16-g64",
+    default_recipe="w4a16",
     commands="ptq_llm.commands:app",
 )
 
