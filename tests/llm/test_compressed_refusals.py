@@ -1,14 +1,18 @@
 """What the exporter refuses to write, and what it finds wrong in a file that it reads back."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_llama import (
     ASYMMETRIC,
+    CHANNEL4,
     GROUP,
     INT4,
     INT8,
     Q_PROJ,
+    TOKEN,
     WEIGHT_ONLY,
     WITH_INPUTS,
     export,
@@ -66,6 +70,22 @@ class TestVerify:
         with pytest.raises(ExportError, match="tensor weight_codes is in the file"):
             read_back(model, tmp_path)
 
+    @pytest.mark.parametrize(
+        ("wrong", "what"),
+        [('"num_bits": 6', "weight"), ('"dynamic": false', "input"), ('"strategy": "tensor"', "input")],
+    )
+    def test_names_a_grid_that_config_json_has_otherwise(self, wrong, what, tmp_path):
+        """Engines round inputs as config.json says: no number in the file would show it."""
+        model = quantize(tiny_llama(), CHANNEL4, QuantSpec(**TOKEN))
+        export(model, tmp_path)
+        path = tmp_path / "config.json"
+        config = json.loads(path.read_text())
+        group = config["quantization_config"]["config_groups"]["group_0"]
+        group["weights" if what == "weight" else "input_activations"] |= json.loads(f"{{{wrong}}}")
+        path.write_text(json.dumps(config))
+        with pytest.raises(ExportError, match=f"config.json says that the grid of the {what} of .*proj is"):
+            read_back(model, tmp_path)
+
     def test_names_a_layer_that_config_json_would_quantize(self, model, tmp_path):
         path = tmp_path / "config.json"
         path.write_text(path.read_text().replace('"lm_head"', ""))
@@ -78,19 +98,10 @@ class TestVerify:
             read_back(model, tmp_path)
 
 
-E4M3, INT_TOKEN = {"dtype": "e4m3"}, {"granularity": "token", "dynamic": True}
 REFUSED = {
     "weights.dtype e5m2": ({"dtype": "e5m2"}, None),
-    "weights.granularity group with dtype e4m3": ({**E4M3, **GROUP}, None),
-    "weights.granularity tensor": ({"bits": 4}, None),
-    "activations.dtype int with quant.weights.dtype e4m3": (E4M3, INT_TOKEN),
-    "activations.dtype e4m3 with quant.weights.dtype int": ({"bits": 4, **GROUP}, {**E4M3, **INT_TOKEN}),
-    "activations.dtype e5m2": (E4M3, {"dtype": "e5m2", **INT_TOKEN}),
-    "activations.bits 4": ({}, {"bits": 4, **INT_TOKEN}),
-    "activations.granularity group": ({}, {"dynamic": True, **GROUP}),
-    "weights.bits 4 with integer": ({"bits": 4, "granularity": "channel"}, INT_TOKEN),
-    "weights.granularity group with integer": (GROUP, INT_TOKEN),
-    "weights.symmetric false": ({"symmetric": False}, INT_TOKEN),
+    "activations.dtype e5m2": ({"dtype": "e4m3"}, {"dtype": "e5m2", **TOKEN}),
+    "activations.scale_dtype float16 with dynamic true": ({}, {"scale_dtype": "float16", **TOKEN}),
 }
 
 
@@ -110,6 +121,50 @@ def test_check_lets_pass_what_was_seen_to_load(weights, activations):
     inputs = None if activations is None else activations.model_dump()
     quant = QuantSection.model_validate({"weights": weights.model_dump(), "activations": inputs})
     CompressedTensors().check(quant)
+
+
+def test_check_refuses_activations_between_functions():
+    quant = QuantSection.model_validate({"weights": {}, "activations": {}, "scope": "dataflow"})
+    with pytest.raises(
+        ExportError, match=r"quant\.scope is dataflow: set it to layers, or export onnx-qdq"
+    ):
+        CompressedTensors().check(quant)
+
+
+def test_check_layers_refuses_groups_that_do_not_fill_a_row_or_an_input():
+    quant = QuantSection.model_validate({"weights": {"bits": 4, **GROUP}})
+    with pytest.raises(ExportError, match=r"down: its 80 inputs .* quant\.weights\.group_size 32"):
+        CompressedTensors().check_layers(quant, {"down": nn.Linear(80, 8)})
+    inputs = {"dynamic": True, "granularity": "group", "group_size": 48}
+    quant = QuantSection.model_validate({"weights": {"bits": 4, **GROUP}, "activations": inputs})
+    with pytest.raises(ExportError, match=r"down: its 64 inputs .* quant\.activations\.group_size 48"):
+        CompressedTensors().check_layers(quant, {"down": nn.Linear(64, 8)})
+
+
+def widths(bits, **quant):
+    """A section, and the grids of layers of these widths."""
+    section = QuantSection.model_validate({"weights": {"bits": 4, **GROUP}} | quant)
+    return section, {f"layer{width}": section.weights.model_copy(update={"bits": width}) for width in bits}
+
+
+def test_check_grids_refuses_packed_zero_points_of_several_widths():
+    asymmetric = {"weights": {"bits": 4, "symmetric": False, **GROUP}}
+    exporter = CompressedTensors()
+    with pytest.raises(ExportError, match=r"symmetric false where layer4 and layer3 have different grids"):
+        exporter.check_grids(*widths([4, 3], **asymmetric))
+    exporter.check_grids(*widths([4], **asymmetric))
+    exporter.check_grids(*widths([2, 3, 8]))
+    exporter.check_grids(*widths([4, 3], **asymmetric, activations=TOKEN))
+
+
+def test_export_refuses_packed_zero_points_beside_another_grid(tmp_path):
+    asymmetric = QuantSpec(bits=4, symmetric=False, **GROUP)
+    model = quantize(quantize(tiny_llama(), asymmetric, within="mlp"), INT4, within="self_attn")
+    with pytest.raises(
+        ExportError, match=r"symmetric false where .*mlp.* and .*self_attn.* have different"
+    ):
+        export(model, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_export_refuses_groups_that_do_not_fill_a_row(tmp_path):

@@ -67,6 +67,7 @@ def test_tensors_are_read_as_they_were_written(dtype, tmp_path):
 
 def layout(**changes) -> Layout:
     weights = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 2}
+    weights |= {"dynamic": False}
     group = {"targets": ["Linear"], "weights": weights | changes, "input_activations": None}
     config = {"format": "pack-quantized", "ignore": ["lm_head"], "config_groups": {"group_0": group}}
     assert Layout.find(config, "lm_head") is None

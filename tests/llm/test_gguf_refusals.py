@@ -4,11 +4,25 @@ import pytest
 import tiny_lm
 import torch
 from gguf import GGUFReader
-from tiny_gguf import BLOCKS, FILE, Q4_0, Q4_1, Q8_0, export, quantized, verify
+from tiny_gguf import (
+    BLOCKS,
+    FILE,
+    Q4_0,
+    Q4_1,
+    Q8_0,
+    byte_level_tokenizer,
+    export,
+    quantized,
+    task,
+    verify,
+)
 from tiny_llama import quantize
 from torch import nn
 
+import ptqcore
+from ptq_llm.causal_lm import CausalLM
 from ptq_llm.gguf_export import GGUF
+from ptq_llm.gguf_tokenizer import PROBE
 from ptqcore import ExportError, QuantConv2d, QuantLinear, QuantSection, QuantSpec
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -69,6 +83,52 @@ class TestCheck:
         GGUF().check_layers(section(Q4_0.model_dump()), {"up": nn.Linear(32, 8)})
 
 
+ROPES = [
+    ("llama", {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}),
+    ("qwen2", {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}),
+    ("llama", {"rope_type": "linear", "factor": 4.0, "partial_rotary_factor": 0.5, "rope_theta": 1e4}),
+]
+
+
+class TestCheckModel:
+    """What is known of a model before anything is quantized."""
+
+    def refused(self, model, sentence, tokenizer=None):
+        with pytest.raises(ExportError, match=sentence):
+            GGUF().check_model(model, task(model, tokenizer or tiny_lm.tokenizer()), {})
+
+    def test_lets_pass_what_export_writes(self):
+        for architecture in ("llama", "mistral", "qwen2", "qwen3"):
+            model = tiny_lm.build(architecture)
+            GGUF().check_model(model, task(model, tiny_lm.tokenizer()), {})
+
+    def test_refuses_another_architecture(self):
+        self.refused(tiny_lm.build("olmo2"), "model_type 'olmo2': it writes llama, mistral, qwen2, qwen3")
+
+    def test_refuses_a_tensor_that_the_format_has_no_name_for(self):
+        model = tiny_lm.build("qwen3", attention_bias=True)
+        self.refused(model, r"have no place for model\.layers\.0\.self_attn\.q_proj\.bias")
+
+    @pytest.mark.parametrize(("architecture", "rope"), ROPES)
+    def test_refuses_rotations_that_readers_do_not_compute(self, architecture, rope):
+        self.refused(tiny_lm.build(architecture, rope_parameters=rope), "cannot hold rope_parameters")
+
+    def test_refuses_another_activation_function(self):
+        self.refused(tiny_lm.build(hidden_act="gelu"), "hidden_act gelu: readers .* compute silu")
+
+    def test_refuses_a_tokenizer_that_has_no_name_in_the_format(self):
+        tokenizer = byte_level_tokenizer("[aeiou]", text=PROBE * 2)
+        model = tiny_lm.build(vocab_size=len(tokenizer))
+        self.refused(model, "splits text by a rule that is not one of", tokenizer)
+
+    def test_a_run_ends_before_anything_is_quantized(self, tmp_path, monkeypatch):
+        folder = tiny_lm.save(tmp_path / "model", "olmo2")
+        recipe = tiny_lm.recipe(folder, tmp_path, {"weights": Q4_0.model_dump()}, export=["gguf"])
+        monkeypatch.setattr(CausalLM, "evaluate", lambda *_: pytest.fail("the model was measured"))
+        with pytest.raises(ExportError, match="model_type 'olmo2'"):
+            ptqcore.quantize(recipe, "llm", tmp_path / "out")
+
+
 class TestExport:
     def refused(self, model, folder, sentence):
         with pytest.raises(ExportError, match=sentence):
@@ -103,17 +163,7 @@ class TestExport:
         model.model.layers[1].mlp.register_buffer("signs", torch.ones(4))
         self.refused(model, tmp_path, r"no place for model\.layers\.1\.mlp\.signs")
 
-    @pytest.mark.parametrize(
-        ("architecture", "rope"),
-        [
-            ("llama", {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}),
-            ("qwen2", {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}),
-            (
-                "llama",
-                {"rope_type": "linear", "factor": 4.0, "partial_rotary_factor": 0.5, "rope_theta": 1e4},
-            ),
-        ],
-    )
+    @pytest.mark.parametrize(("architecture", "rope"), ROPES)
     def test_refuses_rotations_that_readers_do_not_compute(self, architecture, rope, tmp_path):
         self.refused(quantized(architecture, rope_parameters=rope), tmp_path, "cannot hold rope_parameters")
 

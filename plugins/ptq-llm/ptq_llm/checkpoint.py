@@ -168,8 +168,10 @@ class CheckpointExporter(Exporter, Generic[L]):
         return layouts
 
 
-def refuse_ragged(export: str, name: str, columns: int, size: int | None) -> None:
-    """Refuse a layer whose groups do not fill its rows.
+def refuse_ragged(
+    export: str, name: str, columns: int, size: int | None, key: str = "quant.weights.group_size"
+) -> None:
+    """Refuse a layer whose groups do not fill its rows; `key` says how large they are.
 
     Raises:
         ExportError: naming the layer.
@@ -177,7 +179,7 @@ def refuse_ragged(export: str, name: str, columns: int, size: int | None) -> Non
     if size is not None and columns % size:
         raise ExportError(
             f"export {export} cannot hold {name}: its {columns} inputs are not a multiple of "
-            f"quant.weights.group_size {size}, set another size or add the layer to quant.ignore"
+            f"{key} {size}, set another size or add the layer to quant.ignore"
         )
 
 

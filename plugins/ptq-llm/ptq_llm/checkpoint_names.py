@@ -5,7 +5,7 @@ that when it saves a model. Readers of quantized checkpoints ask for the names a
 checkpoint. Which rows of a layer a piece holds is found by reverting row numbers.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from ptq_llm.experts import ExpertBank
 from ptqcore import ExportError, QuantLinear
 
 _WEIGHT = ".weight"
+
+Piece = tuple[str, Tensor]  # the path of a layer, and which of its rows
 
 
 def banks_of(model: nn.Module) -> dict[str, ExpertBank]:
@@ -33,47 +35,54 @@ def stored_paths(model: nn.Module, paths: Iterable[str]) -> list[str]:
     return [name.removesuffix(_WEIGHT) for name in stored_tensors(model, empty)]
 
 
-def stored_layers(model: nn.Module, layers: dict[str, QuantLinear]) -> dict[str, QuantLinear]:
+def stored_layers(model: nn.Module, layers: Mapping[str, QuantLinear]) -> dict[str, QuantLinear]:
     """Quantized layers by the names of the checkpoint and cut as it is; those of experts come first.
+
+    Arguments and errors are those of `stored_pieces`.
+    """
+    pieces = stored_pieces(model, layers)
+    return {name: _rows(layers[path], rows) for name, (path, rows) in pieces.items()}
+
+
+def stored_pieces(model: nn.Module, layers: Mapping[str, nn.Linear | QuantLinear]) -> dict[str, Piece]:
+    """What the checkpoint keeps in a tensor each, by its names; experts come first.
 
     Args:
         model: a model of transformers.
-        layers: its quantized layers, by path; all of its experts must be among them.
+        layers: linear layers of it, by path, quantized or not; all of its experts must be among them.
 
     Raises:
         ExportError: if a tensor of the checkpoint is not made of rows of one layer.
     """
-    found: dict[str, QuantLinear] = {}
-    alone = dict(layers)
+    found: dict[str, Piece] = {}
+    alone = {path: layer.out_features for path, layer in layers.items()}
     for path, bank in banks_of(model).items():
-        members = [alone.pop(f"{path}.{index}") for index in range(len(bank))]
-        _add(found, _pieces(model, path, _row_numbers(members, bank.transposed), members))
-    for path, layer in alone.items():
-        _add(found, _pieces(model, path + _WEIGHT, _row_numbers([layer], False)[0], [layer]))
+        members = [f"{path}.{index}" for index in range(len(bank))]
+        size = {alone.pop(member) for member in members}.pop()
+        _add(found, _pieces(model, path, _row_numbers(len(bank), size, bank.transposed), members))
+    for path, size in alone.items():
+        _add(found, _pieces(model, path + _WEIGHT, _row_numbers(1, size, False)[0], [path]))
     return found
 
 
-def _row_numbers(layers: list[QuantLinear], transposed: bool) -> Tensor:
-    """Numbers [layers, out, 1] of the rows of layers of one size; [layers, 1, out] if transposed."""
-    count, size = len(layers), layers[0].out_features
+def _row_numbers(count: int, size: int, transposed: bool) -> Tensor:
+    """Numbers [count, size, 1] of the rows of layers of one size; [count, 1, size] if transposed."""
     numbers = torch.arange(count * size).view(count, size, 1)
     return numbers.mT if transposed else numbers
 
 
-def _pieces(
-    model: nn.Module, name: str, numbers: Tensor, layers: list[QuantLinear]
-) -> dict[str, QuantLinear]:
+def _pieces(model: nn.Module, name: str, numbers: Tensor, paths: list[str]) -> dict[str, Piece]:
     """The pieces, by their names in the checkpoint, of the tensor `name` that holds layers of one size."""
-    size, found = layers[0].out_features, {}
+    size, found = numbers.numel() // len(paths), {}
     for stored, piece in stored_tensors(model, {name: numbers}).items():
         owners = piece.unique() // size
         if piece.ndim != 2 or piece.shape[1] != 1 or (owners != owners[0]).any():
             raise _cannot(stored)
-        found[stored.removesuffix(_WEIGHT)] = _rows(layers[int(owners[0])], piece.flatten() % size)
+        found[stored.removesuffix(_WEIGHT)] = paths[int(owners[0])], piece.flatten() % size
     return found
 
 
-def _add(found: dict[str, QuantLinear], pieces: dict[str, QuantLinear]) -> None:
+def _add(found: dict[str, Piece], pieces: dict[str, Piece]) -> None:
     for name in pieces.keys() & found.keys():
         raise _cannot(name)
     found.update(pieces)

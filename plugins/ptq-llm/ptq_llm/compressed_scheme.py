@@ -6,6 +6,8 @@ from ptqcore import ExportError, QuantSpec
 
 Scheme = tuple[QuantSpec, QuantSpec | None]  # grids of the weight and of the input
 
+PACKED = "pack-quantized"
+
 
 def refuse(scheme: Scheme) -> None:
     """Refuse grids that the format cannot hold, or that nothing loads.
@@ -14,51 +16,50 @@ def refuse(scheme: Scheme) -> None:
         ExportError: naming the key, its value and what to set instead.
     """
     weights, activations = scheme
-    problems = _weight_problems(weights)
-    problems |= _packed_problems(weights) if activations is None else _input_problems(weights, activations)
+    problems = {
+        "quant.weights.dtype e5m2: its 8-bit float is e4m3, set it to e4m3": weights.dtype == "e5m2",
+    }
+    if activations is not None:
+        problems |= {
+            "quant.activations.dtype e5m2: its 8-bit float is e4m3, set it to e4m3": (
+                activations.dtype == "e5m2"
+            ),
+            f"quant.activations.scale_dtype {activations.scale_dtype} with dynamic true: readers compute "
+            "the scales of such inputs in the dtype of the model, set it to null": (
+                activations.dynamic and activations.scale_dtype is not None
+            ),
+        }
     for sentence, found in problems.items():
         if found:
             raise ExportError(f"export compressed-tensors cannot hold {sentence}")
 
 
-def _weight_problems(weights: QuantSpec) -> dict[str, bool]:
-    """What could be wrong with any weight's grid → whether it is."""
-    return {
-        "quant.weights.dtype e5m2: its 8-bit float is e4m3, set it to e4m3": weights.dtype == "e5m2",
-        "quant.weights.granularity group with dtype e4m3: FP8 weights have one scale per channel or "
-        "tensor, set it to channel": weights.is_float and weights.granularity == "group",
-    }
+def refuse_together(schemes: dict[Scheme, str]) -> None:
+    """Refuse schemes that are loaded one by one, but not beside each other.
+
+    transformers loads packed zero points only where it dequantizes at once, which it does with one scheme
+    for the whole model.
+
+    Args:
+        schemes: those of a model, each with what it is of.
+
+    Raises:
+        ExportError: naming two of them.
+    """
+    for scheme, owner in schemes.items():
+        if has_packed_zero_points(scheme) and len(schemes) > 1:
+            other = next(name for one, name in schemes.items() if one != scheme)
+            raise ExportError(
+                f"export compressed-tensors cannot hold quant.weights.symmetric false where {owner} and "
+                f"{other} have different grids: transformers takes packed zero points only with one grid "
+                "for all layers, set it to true or give all layers the same bits"
+            )
 
 
-def _packed_problems(weights: QuantSpec) -> dict[str, bool]:
-    """What could be wrong with the grid of a weight beside float inputs → whether it is."""
-    return {
-        "quant.weights.granularity tensor without quant.activations: packed integer weights have one "
-        "scale per channel or group, set it to channel or group": (
-            not weights.is_float and weights.granularity == "tensor"
-        ),
-    }
-
-
-def _input_problems(weights: QuantSpec, activations: QuantSpec) -> dict[str, bool]:
-    """What could be wrong with quantized inputs beside such weights → whether it is."""
-    return {
-        f"quant.activations.dtype {activations.dtype} with quant.weights.dtype {weights.dtype}: both "
-        f"must be int or both e4m3, set the former to {weights.dtype} or remove quant.activations": (
-            activations.dtype != weights.dtype
-        ),
-        f"quant.activations.bits {activations.bits}: quantized inputs have 8 bits, set it to 8": (
-            activations.bits != 8
-        ),
-        f"quant.activations.granularity {activations.granularity}: inputs have one scale per token "
-        "or tensor, set it to token with dynamic true": activations.granularity not in ("token", "tensor"),
-        f"quant.weights.bits {weights.bits} with integer quant.activations: such weights are stored as "
-        "int8, set it to 8 or remove quant.activations": weights.bits != 8,
-        "quant.weights.granularity group with integer quant.activations: int8 weights have one scale "
-        "per channel or tensor, set it to channel": weights.granularity == "group",
-        "quant.weights.symmetric false with integer quant.activations: int8 weights have no zero "
-        "points, set it to true": not weights.symmetric,
-    }
+def has_packed_zero_points(scheme: Scheme) -> bool:
+    """Whether the zero points of a weight are packed like its codes, which those of one for all are not."""
+    weights, _ = scheme
+    return format_of(scheme) == PACKED and not weights.symmetric and weights.granularity != "tensor"
 
 
 def refuse_experts(scheme: Scheme, name: str) -> None:
@@ -72,8 +73,10 @@ def refuse_experts(scheme: Scheme, name: str) -> None:
         "quant.weights.symmetric false: experts are read without zero points, set it to true": (
             not weights.symmetric
         ),
-        "integer quant.activations: experts are read packed, without quantized inputs, or as e4m3; remove "
-        "quant.activations": activations is not None and not weights.is_float,
+        "quant.weights.granularity group with dtype e4m3: such experts are read with one scale per channel "
+        "or tensor, set it to channel": weights.is_float and weights.granularity == "group",
+        "quant.activations beside integer weights: such experts are read packed, without quantized inputs; "
+        "remove it": activations is not None and not weights.is_float,
         "quant.activations.dynamic false: experts are read without the scale of their input, set "
         "granularity to token with dynamic true": activations is not None and not activations.dynamic,
     }
@@ -83,11 +86,12 @@ def refuse_experts(scheme: Scheme, name: str) -> None:
 
 
 def format_of(scheme: Scheme) -> str:
-    """The format's own name for the way a layer's weight is stored."""
+    """The format's own name for the way a layer's weight is stored: integers beside float inputs packed,
+    others as int8 whatever their width, and FP8 as it is."""
     weights, activations = scheme
     if weights.is_float:
         return "naive-quantized" if activations is None else "float-quantized"
-    return "pack-quantized" if activations is None else "int-quantized"
+    return PACKED if activations is None else "int-quantized"
 
 
 def quantization_config(schemes: dict[str, Scheme], ignore: list[str]) -> dict[str, Any]:

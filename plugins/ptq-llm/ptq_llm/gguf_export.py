@@ -1,7 +1,7 @@
 """The GGUF format: what llama.cpp runs, and transformers reads."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -71,13 +71,18 @@ class GGUF(Exporter):
                     f"would be {layer.weight.dtype}, set it to float16"
                 )
 
+    def check_model(self, model: nn.Module, task: Task, layers: Mapping[str, nn.Module]) -> None:
+        layout = Layout(model)
+        for name in model.state_dict():
+            layout.name(name)
+        layout.rope_factors()
+        _header(None, layout, task)
+
     def export(self, model: nn.Module, task: Task, samples: Sequence[Any], folder: Path) -> None:
         layout = Layout(model)
         sources = contents(model, layout)
-        writer = gguf.GGUFWriter(folder / FILE, gguf.MODEL_ARCH_NAMES[layout.arch])
+        writer = _header(folder / FILE, layout, task)
         writer.add_file_type(_file_type(sources))
-        add_metadata(writer, layout)
-        add_vocabulary(writer, _tokenizer(task), layout.vocabulary)
         for name, source in sources.items():
             bytes_shape = blocks.byte_shape(shape(source), kind(source))
             size = math.prod(bytes_shape)
@@ -110,6 +115,18 @@ class GGUF(Exporter):
         notes = [*_notes(layout, sources), *misread_settings(folder / FILE, layout.config)]
         notes += misread_text(folder / FILE, _tokenizer(task))
         return Verification(largest, notes=tuple(notes))
+
+
+def _header(path: Path | None, layout: Layout, task: Task) -> gguf.GGUFWriter:
+    """A writer, of no file yet, that has the model's settings and the vocabulary.
+
+    Raises:
+        ExportError: if the format, or its readers, do not know them.
+    """
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[layout.arch])
+    add_metadata(writer, layout)
+    add_vocabulary(writer, _tokenizer(task), layout.vocabulary)
+    return writer
 
 
 def _file_type(sources: dict[str, Source]) -> gguf.LlamaFileType:

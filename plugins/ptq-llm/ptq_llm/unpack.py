@@ -5,14 +5,14 @@ It shares no code with the export and none with torch: an error in the packing c
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ptqcore import ExportError
+from ptqcore import ExportError, QuantSpec
 
 Array = NDArray[Any]
 
@@ -124,16 +124,51 @@ def round_to(values: Array, dtype: str) -> Array:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How config.json says that a weight is stored."""
+class Grid:
+    """What config.json says of the grid of a weight or an input, in its words."""
 
-    format: str
-    bits: int
+    type: str
+    num_bits: int
     symmetric: bool
     strategy: str
     group_size: int | None
-    static_input: bool
-    symmetric_input: bool
+    dynamic: bool
+
+    @classmethod
+    def read(cls, arguments: dict[str, Any]) -> "Grid":
+        """The grid that the arguments of a group describe."""
+        return cls(**{field.name: arguments[field.name] for field in fields(cls)})
+
+    def describes(self, spec: QuantSpec) -> bool:
+        """Whether it is that grid."""
+        dtype = {"int": "int", "float": "e4m3"}[self.type]
+        stated = (dtype, self.num_bits, self.symmetric, self.strategy, self.group_size, self.dynamic)
+        return stated == (
+            spec.dtype,
+            spec.bits,
+            spec.symmetric,
+            spec.granularity,
+            spec.group_size,
+            spec.dynamic,
+        )
+
+    def groups(self, columns: int) -> int:
+        """Scales in a row of that many columns."""
+        return 1 if self.group_size is None else math.ceil(columns / self.group_size)
+
+    @property
+    def middle(self) -> int:
+        """What an unsigned code is above the signed number, 2^(bits−1)."""
+        return int(2 ** (self.num_bits - 1))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How config.json says that a layer is stored."""
+
+    format: str
+    weights: Grid
+    inputs: Grid | None
 
     @classmethod
     def find(cls, config: dict[str, Any], name: str) -> "Layout | None":
@@ -144,34 +179,26 @@ class Layout:
         for target in (name, "Linear"):
             for group in groups:
                 if target in group["targets"]:
-                    return cls._read(group, config["format"])
+                    inputs = group["input_activations"]
+                    return cls(
+                        format=group.get("format") or config["format"],
+                        weights=Grid.read(group["weights"]),
+                        inputs=None if inputs is None else Grid.read(inputs),
+                    )
         return None
 
-    @classmethod
-    def _read(cls, group: dict[str, Any], default_format: str) -> "Layout":
-        weights, inputs = group["weights"], group["input_activations"]
-        return cls(
-            format=group.get("format") or default_format,
-            bits=weights["num_bits"],
-            symmetric=weights["symmetric"],
-            strategy=weights["strategy"],
-            group_size=weights["group_size"],
-            static_input=inputs is not None and not inputs["dynamic"],
-            symmetric_input=inputs is None or inputs["symmetric"],
-        )
-
-    def groups(self, columns: int) -> int:
-        """Scales in a row of a weight of that many columns."""
-        return 1 if self.group_size is None else math.ceil(columns / self.group_size)
+    @property
+    def packed(self) -> bool:
+        """Whether the codes of the weight are packed into words."""
+        return self.format == "pack-quantized"
 
     def tensors(self) -> set[str]:
         """Names, after the layer's, of the tensors that hold its weight and its input's grid."""
-        packed = self.format == "pack-quantized"
-        names = {"weight_scale"} | ({"weight_packed", "weight_shape"} if packed else {"weight"})
-        if not self.symmetric:
+        names = {"weight_scale"} | ({"weight_packed", "weight_shape"} if self.packed else {"weight"})
+        if not self.weights.symmetric:
             names.add("weight_zero_point")
-        if self.static_input:
-            names |= {"input_scale"} if self.symmetric_input else {"input_scale", "input_zero_point"}
+        if self.inputs is not None and not self.inputs.dynamic:
+            names |= {"input_scale"} if self.inputs.symmetric else {"input_scale", "input_zero_point"}
         return names
 
 
@@ -184,30 +211,36 @@ def read_weight(file: TensorFile, name: str, layout: Layout, shape: tuple[int, i
         ExportError: if a tensor is missing or has another shape.
     """
     out, columns = shape
-    groups = layout.groups(columns)
+    per_tensor, groups = layout.weights.strategy == "tensor", layout.weights.groups(columns)
+    layout_shape = (1,) if per_tensor else (out, groups)
     scale_name = f"{name}.weight_scale"
-    scale = file.numbers(scale_name, (1,) if layout.strategy == "tensor" else (out, groups))
+    scale = file.numbers(scale_name, layout_shape)
     numbers = _weight_numbers(file, name, layout, shape).reshape(out, groups, -1)
-    if not layout.symmetric:
-        numbers = numbers - _zero_points(file, name, layout, (out, groups))[..., None]
+    if not layout.weights.symmetric:
+        numbers = numbers - _zero_points(file, name, layout, layout_shape).reshape(-1, groups)[..., None]
     values = numbers * scale.reshape(-1, groups)[..., None]
     return round_to(values.reshape(shape), file.dtype(scale_name))
 
 
 def _weight_numbers(file: TensorFile, name: str, layout: Layout, shape: tuple[int, int]) -> Array:
     """Float32 [out, in] before the zero point and the scale."""
-    if layout.format != "pack-quantized":
+    if not layout.packed:
         return file.numbers(f"{name}.weight", shape).astype(np.float32)
     out, columns = shape
     stated = tuple(int(size) for size in file.numbers(f"{name}.weight_shape", (2,)))
     if stated != shape:
         raise ExportError(f"tensor {name}.weight_shape says {list(stated)}, not {list(shape)}")
-    words = file.numbers(f"{name}.weight_packed", (out, math.ceil(columns * layout.bits / 32)))
-    return unpack_codes(words, layout.bits, columns).astype(np.float32) - 2 ** (layout.bits - 1)
+    bits = layout.weights.num_bits
+    words = file.numbers(f"{name}.weight_packed", (out, math.ceil(columns * bits / 32)))
+    return unpack_codes(words, bits, columns).astype(np.float32) - layout.weights.middle
 
 
-def _zero_points(file: TensorFile, name: str, layout: Layout, shape: tuple[int, int]) -> Array:
-    """Float32 [out, groups]; packed along the rows, so that a column is one stream of bits."""
-    out, groups = shape
-    words = file.numbers(f"{name}.weight_zero_point", (math.ceil(out * layout.bits / 32), groups))
-    return unpack_codes(words.T, layout.bits, out).T.astype(np.float32) - 2 ** (layout.bits - 1)
+def _zero_points(file: TensorFile, name: str, layout: Layout, shape: tuple[int, ...]) -> Array:
+    """Float32 in the layout of the scale; those of packed weights are packed along the rows, so that a
+    column is one stream of bits, unless there is one for all."""
+    key = f"{name}.weight_zero_point"
+    if not layout.packed or layout.weights.strategy == "tensor":
+        return file.numbers(key, shape).astype(np.float32)
+    (out, groups), bits = shape, layout.weights.num_bits
+    words = file.numbers(key, (math.ceil(out * bits / 32), groups))
+    return unpack_codes(words.T, bits, out).T.astype(np.float32) - layout.weights.middle
