@@ -27,7 +27,7 @@ class Task(ABC):
     least_coverage: ClassVar[float] = 0.0
     """Share of the weights inside the blocks that a run must quantize, or fail."""
     min_tokens: ClassVar[int] = 1
-    """Calibration tokens that every linear layer must see, where a step learns from them, or the run fails."""
+    """Calibration tokens that every linear layer must see, where a step learns from them."""
     open_dimensions: ClassVar[Mapping[str, Mapping[int, str]]] = {}
     """Input → dimensions that may have any size, beside the batch → names of these sizes, for exports."""
     class_dimension: ClassVar[int] = 1

@@ -34,8 +34,8 @@ ASYMMETRIC = ("quant.weights.symmetric=false", "quant.weights.signed_scale=false
 
 
 def recipe(name, model, texts, *overrides):
-    """The grids of a shipped recipe for a tiny model, rounded to nearest: windows of 32 tokens, groups of 32
-    weights."""
+    """The grids of a shipped recipe for a tiny model, rounded to nearest: windows of 32 tokens, groups of
+    32 weights."""
     small = [
         f"task.model={model}",
         f"task.text={texts / 'text.txt'}",
