@@ -22,6 +22,7 @@ SMALL = [
     "task.max_windows=6",
     "task.calibration_samples=1",
     "task.calibration_window=64",
+    "steps=[round]",
 ]
 
 
