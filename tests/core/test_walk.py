@@ -102,6 +102,21 @@ def test_a_block_that_works_in_place_may_be_run_again():
         walk.advance(first)
 
 
+@pytest.mark.parametrize("kind", STACKS)
+def test_a_block_computes_with_other_parameters_and_hands_gradients_on(kind):
+    model, sample = STACKS[kind]().requires_grad_(False), torch.randn(4, 6)
+    io = next(iter(walk_of(model, [sample])))
+    own, other = io.block.module.first.weight, torch.randn(6, 6, requires_grad=True)
+    path = f"{io.block.path}.first.weight"
+    before = io.run_tensors()
+    (found, *_) = tensors_in(io.compute(0, {path: other}))
+    found.sum().backward()
+    assert_equal(io.run_tensors(), before)
+    own.data = other.detach()
+    assert_equal([[found.detach()]], [io.run_tensors()[0][:1]])
+    assert bool(other.grad.abs().sum() > 0)
+
+
 def test_the_hooks_of_the_capture_are_gone_and_the_model_is_as_before():
     model, sample = Stack([Residual(), Residual()]), torch.randn(4, 6)
     before = model(sample)
