@@ -27,6 +27,7 @@ METRICS = {
     "before",
     "after",
     "size_bytes",
+    "coverage",
     "seconds",
     "peak_memory_bytes",
     "exports",

@@ -37,7 +37,13 @@ METRICS = ("perplexity", "kl_divergence", "top1_agreement")
 def world(tmp_path_factory):
     """Two models, two texts, and the changes that make a recipe small."""
     base = tmp_path_factory.mktemp("world")
-    small = ["export=[]", "task.window=32", "task.max_windows=3", "task.calibration_window=32"]
+    small = [
+        "export=[]",
+        "steps=[round]",
+        "task.window=32",
+        "task.max_windows=3",
+        "task.calibration_window=32",
+    ]
     small += ["task.calibration_samples=4", f"task.calibration={base / 'calibration.txt'}"]
     for index, name in enumerate(("a.txt", "b.txt", "calibration.txt")):
         tiny_lm.write_text(base / name, 200, seed=index)
