@@ -9,6 +9,8 @@ from ptqcore import grid
 from ptqcore.packed import QuantizedTensor
 from ptqcore.spec import QuantSpec
 
+_CENTRED = 1 / 64  # how far, in steps, the ends of a centred range may differ in magnitude
+
 
 class FakeQuant(nn.Module):
     """Rounds an activation to the grid of its spec and back.
@@ -28,8 +30,17 @@ class FakeQuant(nn.Module):
         self.register_buffer("zero_point", torch.zeros(1) if static_asymmetric else None)
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
-        """Fix the grid of a static quantizer to cover [low, high], each of one element."""
-        self.scale, self.zero_point = grid.scale_and_zero_point(low.reshape(1), high.reshape(1), self.spec)
+        """Fix the grid of a static quantizer to cover [low, high], each of one element.
+
+        A range that is centred (by Outlier Suppression+) gets the steps of a symmetric grid: in those of an
+        asymmetric one both its ends lie half way between two codes, where the last digit would decide.
+        """
+        low, high = low.reshape(1), high.reshape(1)
+        self.scale, self.zero_point = grid.scale_and_zero_point(low, high, self.spec)
+        if self.zero_point is not None and bool((low + high).abs() <= _CENTRED * self.scale):
+            symmetric = self.spec.model_copy(update={"symmetric": True})
+            self.scale, _ = grid.scale_and_zero_point(low, high, symmetric)
+            self.zero_point = torch.full_like(self.scale, self.spec.middle)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., channels] rounded to the grid; NaN where a static quantizer was given no range."""

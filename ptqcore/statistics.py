@@ -12,7 +12,8 @@ class Gram:
 
     For a weight change ΔW the error of the layer's output over all tokens is
     ‖X ΔWᵀ‖² = tr(ΔW XᵀX ΔWᵀ), so that XᵀX serves error reports, GPTQ, AWQ and clip search without
-    the samples. Sums are kept in float32; every product of one update is accumulated by one matmul.
+    the samples. Sums are kept in float32, extremes as exactly as they come; every product of one
+    update is accumulated by one matmul.
     """
 
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
@@ -35,14 +36,15 @@ class Gram:
 
     def update(self, x: Tensor) -> None:
         """Add the tokens of x [..., channels]."""
-        rows = x.detach().flatten(0, -2).float()
-        if not rows.shape[0]:
+        values = x.detach().flatten(0, -2)
+        if not values.shape[0]:
             return
+        self.low = torch.minimum(self.low, values.amin(0))
+        self.high = torch.maximum(self.high, values.amax(0))
+        rows = values.float()
         self.matrix.addmm_(rows.T, rows)
         self.sum += rows.sum(0, dtype=torch.float64)
         self.magnitude += rows.abs().sum(0, dtype=torch.float64)
-        self.low = torch.minimum(self.low, rows.amin(0))
-        self.high = torch.maximum(self.high, rows.amax(0))
         self.count += rows.shape[0]
 
     def merge(self, other: "Gram") -> None:

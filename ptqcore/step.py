@@ -110,10 +110,11 @@ class Step:
             ModelError: if the input's range is static and no calibration sample reached the layer.
         """
         activations = self.context.grids.inputs(path)
+        static = activations is not None and not activations.dynamic
+        observer = calibration.observer(path) if static else None  # asked while the layer is still float
         quantized = block.quantize_layer(path, weight, None if activations is None else activations.spec)
-        if activations is None or activations.dynamic or quantized.input_quantizer is None:
+        if not static or quantized.input_quantizer is None:
             return quantized
-        observer = calibration.observer(path)
         if observer is None:
             raise ModelError(
                 f"layer {path!r} received no calibration input, so its static input range is unknown: "

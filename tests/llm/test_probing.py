@@ -8,7 +8,7 @@ from tiny_blocks import setup, unified
 from torch import nn
 
 from ptq_llm.groups import Finder, Group
-from ptq_llm.probing import Unreached, channel_map, in_float32
+from ptq_llm.probing import Unreached, channel_map, in_precision
 from ptq_llm.rescale import TOLERANCE, check
 from ptq_llm.smoothquant import SmoothQuant, SmoothQuantOptions
 from ptqcore import RecipeError
@@ -333,7 +333,7 @@ def test_a_block_of_half_precision_is_itself_again_behind_the_probe():
     made, _ = found_in("llama", torch.bfloat16)
     block = made.blocks[0]
     before = {name: (id(p), p.data_ptr(), p.dtype) for name, p in block.module.named_parameters()}
-    with in_float32(block):
+    with in_precision(block, torch.float32):
         assert {p.dtype for p in block.module.parameters()} == {torch.float32}
     assert {name: (id(p), p.data_ptr(), p.dtype) for name, p in block.module.named_parameters()} == before
 

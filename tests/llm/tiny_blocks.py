@@ -77,9 +77,10 @@ class Setup:
             yield io
             walk.advance(io.run_tensors())
 
-    def calibration(self, io: BlockIO) -> Calibration:
+    def calibration(self, io: BlockIO, exact: list[list[Tensor]] | None = None) -> Calibration:
         """Of one block."""
-        return Calibration(io.block, io, self.context.grids, self.context.observer, masks=self.masks)
+        grids, observer = self.context.grids, self.context.observer
+        return Calibration(io.block, io, grids, observer, exact, self.masks)
 
     def prepare(self, step: Step) -> Step:
         """Let a step see the model."""
@@ -94,6 +95,22 @@ class Setup:
             calibration = self.calibration(io)
             for step in steps:
                 step.transform(io.block, calibration)
+
+    def quantize(self, *steps: Step) -> None:
+        """Prepare steps, and hand them all blocks, as a run does; spans of one block."""
+        for step in steps:
+            self.prepare(step)
+        exact = any(step.needs_exact for step in steps)
+        walk = self.walk(exact)
+        for io in walk:
+            wanted = io.run_tensors(exact=True) if exact else None
+            calibration = self.calibration(io, wanted)
+            _ = calibration.targets
+            for step in steps:
+                step.transform(io.block, calibration)
+            for step in steps:
+                step.block(io.block, calibration)
+            walk.advance(io.run_tensors(), wanted)
 
     def outputs(self) -> list[Tensor]:
         """What the model returns for every sample, the first tensor."""

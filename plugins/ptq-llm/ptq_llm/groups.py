@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ptq_llm.flow_questions import FlowQuestions, within
 from ptq_llm.norm_probe import find_norm
-from ptq_llm.probing import Unreached, channel_map, in_float32
+from ptq_llm.probing import Unreached, channel_map, in_precision
 from ptqcore import Block, BlockIO, Dataflow
 
 Kind = Literal["norm", "linear", "shared"]
@@ -91,7 +91,7 @@ class Finder:
         groups = self.from_map(block)
         structure = tuple(_relative(path, block.path) for path in block.layers())
         if structure not in self._known:
-            with in_float32(block):
+            with in_precision(block, torch.float32):
                 self._known[structure] = self._probe(block, io, groups)
         known = self._known[structure]
         groups = [

@@ -22,7 +22,6 @@ from ptqcore import Block, BlockIO
 
 _MOST_SAMPLES = 3
 _SPREAD = 2.0  # the factors lie between 1/2 and 2
-_HALF = (torch.float16, torch.bfloat16)
 
 
 class Unreached(Exception):  # noqa: N818 - an answer, not an error
@@ -30,24 +29,24 @@ class Unreached(Exception):  # noqa: N818 - an answer, not an error
 
 
 @contextmanager
-def in_float32(block: Block) -> Iterator[None]:
-    """Compute a block of half precision in float32: ratios of its values then say something.
+def in_precision(block: Block, dtype: torch.dtype) -> Iterator[None]:
+    """Compute a block in float32 or float64 if it is in a shorter type: ratios of its values then say more.
 
     Its parameters, buffers and floating inputs are copies while this lasts.
     """
-    kept = [
-        (tensor, tensor.data)
-        for tensor in chain(block.module.parameters(), block.module.buffers())
-        if tensor.dtype in _HALF
-    ]
+    longest = torch.finfo(dtype).bits
+
+    def widened(x: Tensor) -> Tensor:
+        return x.to(dtype) if x.is_floating_point() and torch.finfo(x.dtype).bits < longest else x
 
     def widen(_: nn.Module, args: Any, kwargs: Any) -> Any:
-        return tree_map_only(Tensor, lambda x: x.float() if x.dtype in _HALF else x, (args, kwargs))
+        return tree_map_only(Tensor, widened, (args, kwargs))
 
+    kept = [(tensor, tensor.data) for tensor in chain(block.module.parameters(), block.module.buffers())]
     handle = block.module.register_forward_pre_hook(widen, with_kwargs=True)
     try:
         for tensor, data in kept:
-            tensor.data = data.float()
+            tensor.data = widened(data)
         yield
     finally:
         handle.remove()
