@@ -16,7 +16,7 @@ from ptq_llm.rescale import Rescaling
 from ptq_llm.scaling import ChannelStatistics
 from ptq_llm.simulation import Simulation, rounded
 from ptq_llm.smoothquant import SmoothQuant, SmoothQuantOptions, smoothing
-from ptqcore import QuantSpec, attachments_of, grid
+from ptqcore import FakeQuant, QuantSpec, attachments_of, grid
 
 WIDTH = 8
 
@@ -425,8 +425,9 @@ def test_the_second_group_sees_what_the_first_gives_once_it_is_changed_and_round
     block, spec = made.model.block, QuantSpec(bits=4, symmetric=False)
     x = torch.cat([block.norm1(sample) for sample in made.samples])
     assert x.abs().max() == pytest.approx(1.0, rel=1e-5)
-    ends = x.min().reshape(1, 1), x.max().reshape(1, 1)
-    on_grid = grid.fake_quantize(x, *grid.scale_and_zero_point(*ends, spec), spec)
+    quantizer = FakeQuant(spec)
+    quantizer.set_range(x.min(), x.max())
+    on_grid = quantizer(x)
     behind = block.norm2(F.linear(on_grid, round_rows(block.layer1.weight, 4), block.layer1.bias))
     torch.testing.assert_close(seen[1].high.float(), behind.amax(0))
     torch.testing.assert_close(seen[1].low.float(), behind.amin(0))
