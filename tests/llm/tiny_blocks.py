@@ -128,6 +128,7 @@ def setup(
 ) -> Setup:
     """What a run would know of a model; a language model if no samples are given."""
     excluded: dict[str, str] = {}
+    model.eval().requires_grad_(False)
     if samples is None:
         samples = texts(model)
         task = CausalLM.__new__(CausalLM)

@@ -100,8 +100,10 @@ def apply(block: Block, group: Group, change: Reassembly) -> None:
     device = layer.get_parameter("weight").device
     if group.direct:
         producer = model.get_submodule(group.producer)
-        for name, parameter in list(producer.named_parameters(recurse=False)):
-            _set(producer, name, change.inputs(parameter.double().T).T.to(parameter.dtype))
+        weight, bias = producer.get_parameter("weight"), producer._parameters.get("bias")
+        _set(producer, "weight", change.inputs(weight.double().T).T.to(weight.dtype))
+        if bias is not None:
+            _set(producer, "bias", change.inputs(bias.double()).to(bias.dtype))
     elif group.kind == "norm" and not group.others:
         attach(model.get_submodule(group.producer), Reassemble.of(change, device), "output")
     else:
