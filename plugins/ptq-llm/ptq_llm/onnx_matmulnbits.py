@@ -74,7 +74,9 @@ def _refuse(spec: QuantSpec) -> None:
     if spec.is_float:
         problem = f"integers, and quant.weights.dtype is {spec.dtype}: set it to int"
     elif spec.bits not in _BITS:
-        problem = f"weights of 2, 4 or 8 bits, and quant.weights.bits is {spec.bits}: set it to one of these"
+        problem = (
+            f"weights of 2, 4 or 8 bits, and quant.weights.bits is {spec.bits}: set it to one of these"
+        )
     elif size is None:
         problem = (
             f"weights in groups, and quant.weights.granularity is {spec.granularity}: set it to group, and "
