@@ -274,6 +274,20 @@ def test_every_update_has_a_loss_in_the_report_and_a_second_run_learns_the_same(
     assert_same(ranges(first), ranges(second))
 
 
+@pytest.mark.parametrize(
+    ("quant", "epochs", "expected"),
+    [(W3, 5, 5 / 20), (W3, 200, 1e-2), (W4A4, 5, 5 / 20), (W4A4, 2000, 1e-3)],
+)
+def test_few_updates_are_larger_many_are_the_paper_s(quant, epochs, expected, monkeypatch):
+    rates = set()
+    monkeypatch.setattr(
+        "ptq_llm.learned_clip.tune", lambda variables, *rest: rates.update(r for _, r in variables) or []
+    )
+    one = llama(quant)
+    one.step(LearnedClip, epochs=epochs).block(one.block, one.calibration)
+    assert rates == {expected}
+
+
 def test_layers_that_no_token_reaches_keep_their_range():
     model = nn.ModuleDict({"block": nn.ModuleDict({n: nn.Linear(8, 8) for n in ("used", "unused")})})
     model["block"].forward = lambda x: model["block"]["used"](x)
@@ -321,11 +335,11 @@ def model(tmp_path_factory):
     return tiny_lm.save(tmp_path_factory.mktemp("model"), num_hidden_layers=2)
 
 
-def run(model, folder, steps, recipe="w3a16-g64"):
+def run(model, folder, steps):
     small = [f"task.model={model}", "task.window=24", "task.max_windows=3", "task.calibration_window=24"]
     small += ["task.calibration_samples=3", "export=[]", f"steps={steps}"]
-    small += ["quant.weights.group_size=32"] if "g64" in recipe else []
-    return ptqcore.quantize(find_recipe(recipe, "llm", small), "llm", folder)
+    small += ["quant.weights.group_size=32"]
+    return ptqcore.quantize(find_recipe("w3a16", "llm", small), "llm", folder)
 
 
 def test_searched_ranges_are_learned_on_and_rounded_in(model, tmp_path):

@@ -309,6 +309,14 @@ def test_factors_then_ranges_are_learned_then_rounded(folders, tmp_path):
     assert record.exports["compressed-tensors"].verified
 
 
+@pytest.mark.parametrize("recipe", ["w8a8", "fp8", "w3a16"])
+def test_models_of_half_precision_learn_too(folders, tmp_path, recipe):
+    steps = "[learned-scale, learned-clip, round]"
+    changes = ["task.dtype=bfloat16"] + ["quant.weights.group_size=32"] * (recipe == "w3a16")
+    record = run(folders["llama"], tmp_path, steps, recipe, *changes)
+    assert all(len(block.losses) == 2 * 5 * 3 for block in record.blocks)
+
+
 def test_factors_in_front_of_layers_are_refused_by_formats_that_cannot_hold_them(folders, tmp_path):
     with pytest.raises(ExportError, match="learned-scale attaches"):
         run(folders["bert"], tmp_path, "[learned-scale, round]", "w8a8", "export=[compressed-tensors]")

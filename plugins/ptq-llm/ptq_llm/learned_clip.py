@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from ptq_llm.learned_range import LearnedRange
 from ptq_llm.straight_through import round_dynamic
-from ptq_llm.tuning import BlockOutput, TensorFunction, TuneOptions, tune
+from ptq_llm.tuning import BlockOutput, TensorFunction, TuneOptions, learning_rate, tune
 from ptqcore import Block, Calibration, FakeQuant, Step, StepOptions
 
-_WAY = 5.0  # of a variable, at least, in all updates together
+_WAY = 5.0
 
 
 class LearnedClipOptions(TuneOptions):
@@ -46,16 +46,13 @@ class LearnedClip(Step):
 
         rounding = {path: function for path in layers if (function := self._rounding(path, calibration))}
         output = BlockOutput(calibration, self.options.inputs, parameters, rounding)
-        rate = self._rate(output.samples, bool(rounding or calibration.edges))
-        variables = [(learned.variable, rate) for learned in ranges.values()]
         seed, epochs = self.context.seed, self.options.epochs
+        least = 1e-3 if rounding or calibration.edges else 1e-2
+        rate = self.options.rate or learning_rate(least, _WAY, output, epochs)
+        variables = [(learned.variable, rate) for learned in ranges.values()]
         calibration.losses += tune(variables, output, block, epochs, seed, self.name)
         for path, learned in ranges.items():
             calibration.set_weight_range(path, *(end.detach() for end in learned.ends()))
-
-    def _rate(self, samples: int, with_inputs: bool) -> float:
-        updates = max(self.options.epochs * samples, 1)
-        return self.options.rate or max(1e-3 if with_inputs else 1e-2, _WAY / updates)
 
     def _start(self, path: str, layer: nn.Linear, calibration: Calibration) -> LearnedRange:
         low, high = calibration.weight_range(path, layer)

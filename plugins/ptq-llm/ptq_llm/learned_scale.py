@@ -13,19 +13,20 @@ from ptq_llm.os_plus import may_shift
 from ptq_llm.rescale import rescale
 from ptq_llm.rescaled_block import RescaledBlock
 from ptq_llm.scaling import ChannelStatistics, RescalingStep, ScaleOptions
-from ptq_llm.tuning import BlockOutput, TuneOptions, tune
+from ptq_llm.tuning import BlockOutput, TuneOptions, learning_rate, tune
 from ptqcore import Block, Calibration, StepOptions
 
 
 class LearnedScaleOptions(ScaleOptions, TuneOptions):
     """alpha: a group begins with the factors that SmoothQuant gives it for this power, where that lowers
     the error of the block, else with 1; null begins with 1 everywhere, that is, with what the steps before
-    have done. shift: as of os-plus. rate: the learning rate of ln s."""
+    have done. shift: as of os-plus. rate: the learning rate of ln s; null is the paper's, 0.005, or where
+    there are few updates as much as lets it move by 1 in all of them."""
 
     groups: Literal["norms", "all"] = "all"
     alpha: float | None = Field(default=0.5, ge=0, le=1)
     shift: Literal["auto"] | bool = "auto"
-    rate: float = Field(default=5e-3, gt=0)
+    rate: float | None = Field(default=None, gt=0)
 
 
 class LearnedScale(RescalingStep):
@@ -50,8 +51,9 @@ class LearnedScale(RescalingStep):
         output = BlockOutput(calibration, options.inputs, rescaled.parameters, rescaled.inputs)
         if options.alpha is not None:
             _begin(learned, options.alpha, output)
-        variables = [(variable, options.rate) for one in learned for variable in one.variables]
         seed, epochs = self.context.seed, options.epochs
+        rate = options.rate or learning_rate(5e-3, 1.0, output, epochs)
+        variables = [(variable, rate) for one in learned for variable in one.variables]
         calibration.losses += tune(variables, output, block, epochs, seed, self.name)
         for one in learned:
             rescale(block, one.group, one.change())

@@ -86,6 +86,11 @@ class BlockOutput:
         return self._calibration.counted(self._calibration.exact[sample][0], sample).float()
 
 
+def learning_rate(least: float, way: float, output: BlockOutput, epochs: int) -> float:
+    """A rate that lets a variable move so far in all updates together, but no lower than the least."""
+    return max(least, way / max(epochs * output.samples, 1))
+
+
 def tune(
     variables: Sequence[tuple[Tensor, float]],
     output: BlockOutput,
