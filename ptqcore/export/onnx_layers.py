@@ -174,7 +174,7 @@ class _Stored:
 
     def _multiplied(self, call: LayerCall) -> None:
         """A linear layer without a bias, or whose bias is in floating point in the simulation too."""
-        weight = self._rows("weight", self.codes.T, axis=1)
+        weight = self._rows("transposed", self.codes.T, axis=1)
         result = self.editor.add("MatMul", [call.input, weight], call.name)
         call.replace(self.editor, result, None if call.bias is None else self._float_bias())
 

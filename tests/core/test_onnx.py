@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_networks import CHANNELS, NETWORKS, PLUGIN, SIZE
+from tiny_networks import CHANNELS, NETWORKS, PLUGIN, SIZE, TinyTask
 
 import ptqcore
 from ptqcore import Recipe, quantize
 from ptqcore.engines import execute
+from ptqcore.export import onnx as onnx_export
+from ptqcore.export import parity
 from ptqcore.plugin import Installed, Registry
 from ptqcore.report.record import EngineRecord, ExportRecord
 
@@ -157,13 +159,66 @@ def test_weights_alone_are_kept_in_narrow_integers(spec, kind, scope, tmp_path):
     types = {tensor.name: tensor.data_type for tensor in graph(tmp_path).initializer}
     assert onnx.TensorProto.DataType.Name(types["wide.weight.codes"]) == kind
     assert "QuantizeLinear" not in kinds(tmp_path)
-    assert engine(record).within_one_step > 0.9
+    for name in ("onnxruntime", "openvino"):  # neither rounds the float inputs
+        assert engine(record, name).largest_steps < 0.1
 
 
 def test_convolutions_with_weights_alone_are_the_same_numbers(tmp_path):
     record = export("upsampled", tmp_path, activations=None, scope="layers")
     assert record.largest_difference == 0
     assert engine(record).within_one_step == 1
+
+
+def test_linear_layers_run_in_integers_with_the_grids_of_their_inputs_alone(tmp_path):
+    record = export("tokens", tmp_path, scope="layers")
+    assert record.largest_difference == 0
+    for name in ("onnxruntime", "openvino"):
+        found = engine(record, name)
+        assert set(found.layers.values()) == {None}
+        assert found.within_one_step == 1
+
+
+@pytest.mark.parametrize("scope", ["layers", "dataflow"])
+def test_dimensions_that_the_task_leaves_open_take_any_size(scope, tmp_path, monkeypatch):
+    monkeypatch.setattr(TinyTask, "open_dimensions", {"tokens": {1: "length"}})
+    record = export("tokens", tmp_path, scope=scope)
+    assert not record.notes
+    model = ptqcore.load(tmp_path, NETWORKS["tokens"]().eval())
+    tokens, other = torch.randn(3, 9, CHANNELS), torch.randn(3, 1, CHANNELS)
+    (outputs,) = execute(
+        "onnxruntime", model_file(tmp_path), [{"tokens": tokens.numpy(), "other": other.numpy()}]
+    ).outputs
+    with torch.no_grad():
+        expected = model(tokens, other)
+    for name, ours in zip(("output_0", "output_1"), expected, strict=True):
+        step = float(ours.abs().max()) / 127
+        assert np.abs(outputs[name] - ours.numpy()).max() <= step
+    sizes = [
+        size.dim_param or size.dim_value for size in graph(tmp_path).output[1].type.tensor_type.shape.dim
+    ]
+    assert sizes == ["batch", "length", CHANNELS]
+
+
+def test_a_dimension_that_cannot_be_left_open_is_noted(tmp_path, monkeypatch):
+    monkeypatch.setattr(TinyTask, "open_dimensions", {"tokens": {2: "width"}})
+    record = export("tokens", tmp_path)
+    assert record.notes == (f"takes tokens with a width of {CHANNELS} only",)
+    assert engine(record).within_one_step == 1
+
+
+def test_large_models_keep_their_constants_beside_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_export, "_LARGEST_FILE", 1000)
+    record = export("residual", tmp_path)
+    assert record.largest_difference == 0
+    assert engine(record).within_one_step == 1
+    assert model_file(tmp_path).with_name("model.onnx.data").stat().st_size > 1000
+
+
+def test_few_samples_are_compared_where_their_outputs_are_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(parity, "_MOST_VALUES", 3 * 2 * 5 * CHANNELS)  # two outputs of 5 x CHANNELS
+    found = engine(export("tokens", tmp_path))
+    assert found.samples == 3
+    assert found.within_one_step == 1
 
 
 def test_inputs_and_outputs_have_the_names_of_the_model(tmp_path):
