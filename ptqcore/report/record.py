@@ -72,8 +72,8 @@ class EngineRecord:
     largest_steps: the largest difference, in steps.
     histogram: difference in steps → share of the outputs.
     agreement: share of the places where the same channel is the largest; None where outputs have none.
-    control: within_one_step of the simulation against itself, its sums taken in another order: values
-    that lie on the edge between two steps fall to either side, and in a deep network many follow.
+    control: within_one_step of the simulation against itself with other rounding errors of float32:
+    values on the edge between two steps fall to either side, and in a deep network many follow.
     """
 
     engine: str

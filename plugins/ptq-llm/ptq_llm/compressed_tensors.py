@@ -48,9 +48,11 @@ class CompressedTensors(CheckpointExporter[Layout]):
     except that asymmetric packed weights, and Falcon, load only with
     `quantization_config=CompressedTensorsConfig(dequantize=True)`, which takes one grid for the whole
     model and leaves inputs in floating point. Of half-precision models it rounds inputs in that precision,
-    the simulation here in float32, so that some fall on the other side. vLLM runs
-    symmetric weights of any width, asymmetric ones of 4 and 8 bits, 8-bit inputs with one scale per token
-    or one static scale, and of the narrower ones those that its version has kernels for.
+    the simulation here in float32, so that some fall on the other side.
+
+    vLLM runs symmetric weights of any width, asymmetric ones of 4 and 8 bits, 8-bit inputs with one scale
+    per token or one static scale, and of the narrower ones those that its version has kernels for; layers
+    that it joins (q, k and v; gate and up) must have one grid.
 
     Experts are stored one by one, with the names of float checkpoints. transformers dequantizes them
     while it loads and leaves their inputs in floating point; vLLM runs packed ones of 4 and 8 bits.
