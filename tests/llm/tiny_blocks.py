@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import zoo
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ptq_llm.causal_lm import CausalLM
 from ptq_llm.unify import unify
@@ -131,6 +132,7 @@ def setup(
     model.eval().requires_grad_(False)
     if samples is None:
         samples = texts(model)
+    if isinstance(model, PreTrainedModel):
         task = CausalLM.__new__(CausalLM)
         task._model = model
         excluded = task.excluded(model)
