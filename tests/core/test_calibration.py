@@ -107,6 +107,15 @@ def test_without_masks_all_tokens_count():
 # What changes
 
 
+def test_d3_statistics_are_of_every_sample_not_of_the_first_alone():
+    samples = [draw(5, 4), 3 * draw(2, 4, seed=2), draw(7, 4, seed=3) - 5]
+    gram, x = calibrated(samples).gram(LEFT), torch.cat(samples)
+    torch.testing.assert_close(gram.matrix.diagonal(), x.square().sum(0))
+    torch.testing.assert_close(gram.mean_magnitude.float(), x.abs().mean(0))
+    assert torch.equal(gram.low, x.amin(0))
+    assert gram.count == 14
+
+
 def test_layers_that_read_one_tensor_share_a_gram():
     found = calibrated([draw(5, 4)])
     assert found.gram(LEFT) is found.gram(RIGHT)

@@ -1,5 +1,6 @@
 """One factor a channel: SmoothQuant and AWQ in closed form, and what their searches are judged by."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -456,6 +457,32 @@ def test_a_step_changes_weights_but_not_what_the_model_computes(name, step):
     changed = [key for key, value in state.items() if not torch.equal(made.model.get_parameter(key), value)]
     assert changed
     assert difference(logits(made.model), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bert", "mixtral"])
+def test_steps_in_a_row_keep_what_the_model_computes(name):
+    """Also behind norms that the first one has given offsets."""
+    made = setup(unified(name), quantization(3, 4))
+    expected = logits(made.model)
+    chain = ["os-plus with shifts", "awq", "os-plus with shifts", "smoothquant on all"]
+    made.transform(*(STEPS[step][0](STEPS[step][1], made.context) for step in chain))
+    assert difference(logits(made.model), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "bert", "phi3"])
+def test_models_of_half_precision_lose_no_more_than_their_own_digits(name, dtype, capsys):
+    """Each step rounds weights once more: what float32 makes of the model stays about as near."""
+    made = setup(unified(name, dtype), quantization(4, 4))
+    exact = logits(copy.deepcopy(made.model).float())
+    before = (logits(made.model).float() - exact).square().mean().sqrt()
+    made.transform(
+        *(STEPS[step][0](STEPS[step][1], made.context) for step in ("os-plus with shifts", "awq"))
+    )
+    after = (logits(made.model).float() - exact).square().mean().sqrt()
+    assert after <= 3 * before
+    assert "left alone" not in capsys.readouterr().err
+    assert all(parameter.dtype == dtype for parameter in made.model.parameters())
 
 
 def attaches(name, kind, options, **changes):
