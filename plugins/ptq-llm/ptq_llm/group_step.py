@@ -9,6 +9,7 @@ from torch import nn
 
 from ptq_llm.groups import Finder, Group
 from ptq_llm.rescale import TOLERANCE, check
+from ptq_llm.simulation import Simulation
 from ptqcore import Block, Calibration, Dataflow, RecipeError, Step, StepOptions, say
 
 
@@ -68,6 +69,31 @@ class GroupStep(Step):
                 f"changes the block's output by {error:.2g}"
             )
         return False
+
+    def change_in_turn(
+        self, block: Block, calibration: Calibration, find: Callable[[Group], Callable[[], None] | None]
+    ) -> None:
+        """Change the groups of a block in the order in which they run, everything before each of them
+        rounded as the recipe says.
+
+        Args:
+            block: the block, in full precision.
+            calibration: its calibration.
+            find: searches the change of a group, and returns what makes it; None to leave the group alone.
+        """
+        groups = self.groups(block, calibration)
+        with Simulation(block, calibration, self.context) as simulation:
+            for group in groups:
+                with simulation.paused():
+                    if not self.keeps_function(group, block, calibration):
+                        continue
+                simulation.add(self.finder.map.before(group.consumers, block))
+                change = find(group)
+                if change is not None:
+                    with simulation.paused():
+                        change()
+                calibration.changed()
+        calibration.changed()
 
     def _chosen(self, candidates: list[Group]) -> list[Group]:
         def skipped(group: Group) -> bool:

@@ -1,6 +1,7 @@
 """The step `reassemble`: adaptive channel reassembly (QLLM, arXiv 2310.08041, section 4.1)."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -13,7 +14,6 @@ from ptq_llm.objective import Objective
 from ptq_llm.os_plus import thresholds
 from ptq_llm.reassembly import Reassemble, Reassembly, distances, parts, reassemble
 from ptq_llm.scaling import ChannelStatistics
-from ptq_llm.simulation import Simulation
 from ptqcore import Block, Calibration, Dataflow, StepOptions, attach
 
 
@@ -48,19 +48,11 @@ class ChannelReassembly(GroupStep):
         return [group for group in found if not group.behind_attention]
 
     def transform(self, block: Block, calibration: Calibration) -> None:
-        groups = self.groups(block, calibration)
-        with Simulation(block, calibration, self.context) as simulation:
-            for group in groups:
-                with simulation.paused():
-                    if not self.keeps_function(group, block, calibration):
-                        continue
-                simulation.add(self.finder.map.before(group.consumers, block))
-                change = self._search(group, block, calibration)
-                if change is not None and not change.is_identity:
-                    with simulation.paused():
-                        apply(block, group, change)
-                calibration.changed()
-        calibration.changed()
+        def find(group: Group) -> Callable[[], None] | None:
+            change = self._search(group, block, calibration)
+            return None if change is None or change.is_identity else partial(apply, block, group, change)
+
+        self.change_in_turn(block, calibration, find)
 
     def _search(self, group: Group, block: Block, calibration: Calibration) -> Reassembly | None:
         statistics = ChannelStatistics.of(group, block, calibration)

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -12,7 +13,6 @@ from ptq_llm.group_step import GroupOptions, GroupStep
 from ptq_llm.groups import Group
 from ptq_llm.objective import Objective
 from ptq_llm.rescale import Rescaling, rescale
-from ptq_llm.simulation import Simulation
 from ptqcore import Block, Calibration, Dataflow, Gram, StepOptions
 
 Groups = Literal["norms", "all"]
@@ -118,19 +118,11 @@ class ScaleStep(RescalingStep):
         """The factors of one group."""
 
     def transform(self, block: Block, calibration: Calibration) -> None:
-        groups = self.groups(block, calibration)
-        with Simulation(block, calibration, self.context) as simulation:
-            for group in groups:
-                with simulation.paused():
-                    if not self.keeps_function(group, block, calibration):
-                        continue
-                simulation.add(self.finder.map.before(group.consumers, block))
-                statistics = ChannelStatistics.of(group, block, calibration)
-                objective = Objective(calibration, self.context, group, self.finder.map)
-                if statistics is None or not objective.layers:
-                    continue
-                change = self.search(group, statistics, objective)
-                with simulation.paused():
-                    rescale(block, group, change)
-                calibration.changed()
-        calibration.changed()
+        def find(group: Group) -> Callable[[], None] | None:
+            statistics = ChannelStatistics.of(group, block, calibration)
+            objective = Objective(calibration, self.context, group, self.finder.map)
+            if statistics is None or not objective.layers:
+                return None
+            return partial(rescale, block, group, self.search(group, statistics, objective))
+
+        self.change_in_turn(block, calibration, find)
