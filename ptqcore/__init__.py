@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from ptqcore.step import Context as Context
     from ptqcore.step import Step as Step
     from ptqcore.step import StepOptions as StepOptions
+    from ptqcore.step import check_globs as check_globs
     from ptqcore.task import Task as Task
     from ptqcore.task import TaskOptions as TaskOptions
     from ptqcore.walk import BlockIO as BlockIO
@@ -72,6 +73,7 @@ _HOME = {
     "relative_difference": "folding",
     "Attachment": "attachments",
     "Chain": "step",
+    "check_globs": "step",
     "attach": "attachments",
     "attachments_of": "attachments",
     "weight_rows": "modules",

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from fnmatch import fnmatchcase
 from functools import partial
 from itertools import pairwise
 from statistics import fmean
@@ -15,11 +14,11 @@ from ptqcore import grid
 from ptqcore.blocks import Block
 from ptqcore.calibration import Calibration
 from ptqcore.dataflow import Dataflow
-from ptqcore.errors import ModelError, RecipeError, nearest
+from ptqcore.errors import ModelError
 from ptqcore.modules import QuantModule, quantizable_layers, weight_rows
 from ptqcore.recipe import QuantSection
 from ptqcore.report.record import MOST_LOSSES, LayerRecord
-from ptqcore.step import Context, reason_to_skip
+from ptqcore.step import Context, check_globs, reason_to_skip
 
 
 def relative_error(results: list[list[Tensor]], targets: list[list[Tensor]], path: str) -> float:
@@ -85,10 +84,7 @@ def check_targets(model: nn.Module, quant: QuantSection, excluded: dict[str, str
         RecipeError: if `quant.ignore` names what does not exist.
         ModelError: if no layer is left to quantize.
     """
-    paths = [path for path, _ in model.named_modules()]
-    for glob in quant.ignore:
-        if not any(fnmatchcase(path, glob) for path in paths):
-            raise RecipeError(f"recipe key 'quant.ignore': {glob!r} matches no layer{nearest(glob, paths)}")
+    check_globs("quant.ignore", quant.ignore, model)
     layers = quantizable_layers(model).items()
     targets = {path: layer for path, layer in layers if reason_to_skip(path, quant, excluded) is None}
     if not targets:

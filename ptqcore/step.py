@@ -1,6 +1,6 @@
 """The verb of a recipe: what a method does to a model, block by block."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ptqcore.blocks import Block
 from ptqcore.calibration import Calibration
 from ptqcore.dataflow import Dataflow
-from ptqcore.errors import ModelError
+from ptqcore.errors import ModelError, RecipeError, nearest
 from ptqcore.grids import Grids
 from ptqcore.modules import QuantModule
 from ptqcore.observers import Observer
@@ -74,6 +74,18 @@ def reason_to_skip(path: str, quant: QuantSection, excluded: dict[str, str]) -> 
         if fnmatchcase(path, glob):
             return f"ignored by the recipe ({glob})"
     return excluded.get(path)
+
+
+def check_globs(key: str, globs: Iterable[str], model: nn.Module) -> None:
+    """Make sure that every glob names modules of a model.
+
+    Raises:
+        RecipeError: naming the recipe key, the glob, and the nearest path.
+    """
+    paths = [path for path, _ in model.named_modules()]
+    for glob in globs:
+        if not any(fnmatchcase(path, glob) for path in paths):
+            raise RecipeError(f"recipe key {key!r}: {glob!r} matches no layer{nearest(glob, paths)}")
 
 
 class Step:

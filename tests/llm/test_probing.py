@@ -407,5 +407,5 @@ def test_groups_of_layers_that_skip_names_are_left_alone():
 
 
 def test_skipping_what_is_not_there_is_one_sentence():
-    with pytest.raises(RecipeError, match=r"skip of smoothquant: '\*\.frist' matches no layer"):
+    with pytest.raises(RecipeError, match=r"'steps\.smoothquant\.skip': '\*\.frist' matches no layer"):
         changed_by(ready(Block), skip=["*.frist"])

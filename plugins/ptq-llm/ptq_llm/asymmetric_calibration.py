@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ptq_llm.rescale import set_parameter
 from ptq_llm.sequence import in_sequence
 from ptqcore import Block, Calibration, Dataflow, Step, StepOptions
 
@@ -66,7 +67,7 @@ class AsymmetricCalibration(Step):
 def _move(layer: nn.Module, moving: Tensor) -> None:
     weight = layer.get_parameter("weight").data
     moved = weight.float() + weight.float() @ moving
-    layer.register_parameter("weight", nn.Parameter(moved.to(weight.dtype), requires_grad=False))
+    set_parameter(layer, "weight", moved.to(weight.dtype))
 
 
 def _same_tokens(exact: list[Tensor], inputs: list[Tensor]) -> bool:

@@ -19,9 +19,9 @@ from ptqcore import (
     Calibration,
     Dataflow,
     QuantSpec,
-    RecipeError,
     Step,
     StepOptions,
+    check_globs,
     grid,
     weight_rows,
 )
@@ -194,12 +194,7 @@ class Clip(Step):
         Raises:
             RecipeError: if one of `exclude` matches no module.
         """
-        paths = [path for path, _ in model.named_modules()]
-        for glob in self.options.exclude:
-            if not any(fnmatchcase(path, glob) for path in paths):
-                raise RecipeError(
-                    f"recipe key 'steps.clip.exclude': {glob!r} matches no layer of the model"
-                )
+        check_globs("steps.clip.exclude", self.options.exclude, model)
 
     def block(self, block: Block, calibration: Calibration) -> None:
         options = self.options

@@ -10,7 +10,7 @@ from torch import nn
 from ptq_llm.groups import Finder, Group
 from ptq_llm.rescale import TOLERANCE, check
 from ptq_llm.simulation import Simulation
-from ptqcore import Block, Calibration, Dataflow, RecipeError, Step, StepOptions, say
+from ptqcore import Block, Calibration, Dataflow, Step, StepOptions, check_globs, say
 
 
 class GroupOptions(StepOptions):
@@ -41,10 +41,7 @@ class GroupStep(Step):
     def prepare(self, model: nn.Module, flow: Dataflow, run: Callable[[], object]) -> None:
         self.finder = Finder(model, flow)
         self._refused: set[str] = set()
-        paths = [path for path, _ in model.named_modules()]
-        for glob in self.options.skip:
-            if not any(fnmatchcase(path, glob) for path in paths):
-                raise RecipeError(f"recipe key 'steps': skip of {self.name}: {glob!r} matches no layer")
+        check_globs(f"steps.{self.name}.skip", self.options.skip, model)
 
     def groups(self, block: Block, calibration: Calibration) -> list[Group]:
         """The groups of a block that are to be changed, not yet checked, in the order in which they run."""

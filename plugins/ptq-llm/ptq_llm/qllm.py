@@ -13,6 +13,7 @@ from ptq_llm.groups import Group
 from ptq_llm.objective import Objective
 from ptq_llm.os_plus import thresholds
 from ptq_llm.reassembly import Reassemble, Reassembly, distances, parts, reassemble
+from ptq_llm.rescale import set_parameter
 from ptq_llm.scaling import ChannelStatistics
 from ptqcore import Block, Calibration, Dataflow, StepOptions, attach
 
@@ -88,20 +89,16 @@ def apply(block: Block, group: Group, change: Reassembly) -> None:
     model = block.model
     for path in group.consumers:
         layer = model.get_submodule(path)
-        _set(layer, "weight", change.weight(layer.get_parameter("weight")))
+        set_parameter(layer, "weight", change.weight(layer.get_parameter("weight")))
     device = layer.get_parameter("weight").device
     if group.direct:
         producer = model.get_submodule(group.producer)
         weight, bias = producer.get_parameter("weight"), producer._parameters.get("bias")
-        _set(producer, "weight", change.inputs(weight.double().T).T.to(weight.dtype))
+        set_parameter(producer, "weight", change.inputs(weight.double().T).T.to(weight.dtype))
         if bias is not None:
-            _set(producer, "bias", change.inputs(bias.double()).to(bias.dtype))
+            set_parameter(producer, "bias", change.inputs(bias.double()).to(bias.dtype))
     elif group.kind == "norm" and not group.others:
         attach(model.get_submodule(group.producer), Reassemble.of(change, device), "output")
     else:
         for path in group.consumers:
             attach(model.get_submodule(path), Reassemble.of(change, device))
-
-
-def _set(layer: nn.Module, name: str, value: Tensor) -> None:
-    layer.register_parameter(name, nn.Parameter(value.contiguous(), requires_grad=False))

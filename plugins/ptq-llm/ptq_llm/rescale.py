@@ -101,11 +101,11 @@ def rescale(block: Block, group: Group, change: Rescaling) -> None:
     for path in group.consumers:
         layer = model.get_submodule(path)
         _set_bias(layer, change.bias(layer.get_parameter("weight"), layer._parameters.get("bias")))
-        _set(layer, "weight", change.weight(layer.get_parameter("weight")))
+        set_parameter(layer, "weight", change.weight(layer.get_parameter("weight")))
     for name in group.others:
         owner, _, key = name.rpartition(".")
         module = model.get_submodule(owner)
-        _set(module, key, change.weight(module.get_parameter(key)))
+        set_parameter(module, key, change.weight(module.get_parameter(key)))
     if group.kind == "norm":
         _rescale_norm(model.get_submodule(group.producer), change, group.unit_offset)
     elif group.kind == "linear":
@@ -123,9 +123,9 @@ def _rescale_norm(norm: nn.Module, change: Rescaling, unit_offset: bool) -> None
         return
     gain = weight.double() + 1 if unit_offset else weight.double()
     gain = gain / change.scale.to(weight.device)
-    _set(norm, "weight", (gain - 1 if unit_offset else gain).to(weight.dtype))
+    set_parameter(norm, "weight", (gain - 1 if unit_offset else gain).to(weight.dtype))
     if bias is not None:
-        _set(norm, "bias", change.inputs(bias.double()).to(bias.dtype))
+        set_parameter(norm, "bias", change.inputs(bias.double()).to(bias.dtype))
     elif change.shifts:
         offset = -change.shift / change.scale
         attach(norm, Affine.of(torch.ones_like(offset), -offset, weight), "output")
@@ -138,14 +138,14 @@ def _rescale_rows(layer: nn.Module, group: Group, change: Rescaling) -> None:
     factors = torch.ones(len(weight)).double()
     factors[group.rows] = change.scale
     factors = factors.to(weight.device)
-    _set(layer, "weight", (weight.double() / factors[:, None]).to(weight.dtype))
+    set_parameter(layer, "weight", (weight.double() / factors[:, None]).to(weight.dtype))
     if bias is not None:
-        _set(layer, "bias", (bias.double() / factors).to(bias.dtype))
+        set_parameter(layer, "bias", (bias.double() / factors).to(bias.dtype))
 
 
-def _set(module: nn.Module, name: str, value: Tensor) -> None:
+def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     """A new parameter: what shares memory with the old one keeps its values."""
-    module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    module.register_parameter(name, nn.Parameter(value.contiguous(), requires_grad=False))
 
 
 def _set_bias(layer: Any, bias: Tensor | None) -> None:
@@ -153,7 +153,7 @@ def _set_bias(layer: Any, bias: Tensor | None) -> None:
         return
     if layer._parameters.get("bias") is None:
         layer.has_new_bias = True
-    _set(layer, "bias", bias)
+    set_parameter(layer, "bias", bias)
 
 
 @torch.no_grad()
