@@ -142,42 +142,29 @@ def check_done(blocks: Iterable[Block], context: Context) -> None:
         )
 
 
-def coverage(blocks: Iterable[Block], context: Context) -> float:
+def check_coverage(blocks: Sequence[Block], context: Context, least: float) -> float:
     """Share of the weights inside the blocks (parameters of two or more dimensions) that were quantized,
-    without those that the recipe or the task leaves alone by name."""
-    quantized = left = 0
+    without those that the recipe or the task leaves alone by name.
+
+    Raises:
+        ModelError: if it is less than asked for, naming the largest weight that was left.
+    """
+    quantized, left = 0, {}
     for block in blocks:
         for path, module in block.module.named_modules(prefix=block.path):
             if isinstance(module, QuantModule):
                 quantized += math.prod(module.weight_shape)
             elif context.reason_to_skip(path) is None:
-                own = module.parameters(recurse=False)
-                left += sum(one.numel() for one in own if one.ndim > 1 and one.is_floating_point())
-    return quantized / (quantized + left) if quantized else 0.0
-
-
-def check_coverage(blocks: Sequence[Block], context: Context, least: float) -> float:
-    """The coverage of the blocks.
-
-    Raises:
-        ModelError: if it is less than asked for, naming the largest weight that was left.
-    """
-    found = coverage(blocks, context)
+                for name, one in module.named_parameters(recurse=False):
+                    if one.ndim > 1 and one.is_floating_point():
+                        left[f"{path}.{name}".strip(".")] = one.numel()
+    found = quantized / (quantized + sum(left.values())) if quantized else 0.0
     if found >= least:
         return found
-    sizes = {
-        f"{path}.{name}".strip("."): one.numel()
-        for block in blocks
-        for path, module in block.module.named_modules(prefix=block.path)
-        if not isinstance(module, QuantModule) and context.reason_to_skip(path) is None
-        for name, one in module.named_parameters(recurse=False)
-        if one.ndim > 1
-    }
-    largest = max(sizes, key=sizes.__getitem__)
     raise ModelError(
         f"only {found:.1%} of the weights inside the blocks were quantized, fewer than {least:.0%}: "
-        f"{largest!r} and {len(sizes) - 1} others have no quantized kind; name their modules in "
-        "quant.ignore if they are to stay in full precision"
+        f"{max(left, key=left.__getitem__)!r} and {len(left) - 1} others have no quantized kind; name "
+        "their modules in quant.ignore if they are to stay in full precision"
     )
 
 

@@ -99,7 +99,6 @@ class _Run:
 
     def __init__(self, plan: Plan, output: Path, work: Path, resume: bool) -> None:
         self.plan, self.output, self.work, self.resume = plan, output, work, resume
-        self._masks: list[Tensor | None] = []
         self.meter = Meter()
         self.task: Task = plan.task(files.folder(work / "task"))
         recipe = plan.recipe
@@ -130,6 +129,7 @@ class _Run:
             samples = task.samples(model)
             if not len(samples):
                 raise DataError("the task gave no calibration samples: give it at least one")
+            self._masks = [task.mask(sample) for sample in samples]
         with self.phase("trace"):
             self.prepared = prepare(self.plan, task, model, samples)
             self.record.map = self.prepared.map()
@@ -149,7 +149,6 @@ class _Run:
         quantizers = ActivationQuantizers({edge: q.spec for edge, q in context.grids.edges.items()})
         with self.phase("capture"):
             walk = self._start_walk(quantizers, any(step.needs_exact for step in steps))
-        self._masks = [self.task.mask(sample) for sample in samples]
         spans = SpanWalk(walk, steps, journal, quantizers, self._quantize_block)
         for result in track(spans, "quantizing blocks"):
             self.record.blocks.append(result.block)

@@ -75,10 +75,8 @@ class LowRank(Step):
         layers = {path: layer for block in blocks for path, layer in block.quantized_layers().items()}
         layers = {path: layer for path, layer in layers.items() if path in self._corrections}
         corrections = {path: self._corrections.pop(path) for path in layers}
-        before, name = (
-            _total_error(chain),
-            " to ".join(dict.fromkeys(b.path for b in (blocks[0], blocks[-1]))),
-        )
+        name = " to ".join(dict.fromkeys(block.path for block in (blocks[0], blocks[-1])))
+        before = _total_error(chain)
         losses = self._learn(layers, corrections, chain, name)
         for path, layer in layers.items():
             layer.set_weight(self._rounded(path, corrections[path]))
