@@ -14,7 +14,7 @@ from transformers import AutoModel
 
 import ptqcore
 from ptq_llm.objective import Objective
-from ptq_llm.os_plus import OSPlus, OSPlusOptions, between, centre, scale_for, thresholds
+from ptq_llm.os_plus import OSPlus, OSPlusOptions, centre, scale_for, thresholds
 from ptq_llm.rescale import Rescaling
 from ptq_llm.scaling import ChannelStatistics
 from ptq_llm.smoothquant import SmoothQuant, SmoothQuantOptions
@@ -49,14 +49,6 @@ def test_thresholds_fall_evenly_in_the_logarithm_from_the_largest_to_a_quarter_o
     ratios = [after / before for before, after in pairwise(found)]
     assert ratios == pytest.approx([(0.75 / 512) ** 0.1] * 10)
     assert (scale_for(magnitude, found[0]) == 1).all()
-
-
-def test_refinements_lie_between_the_neighbours_of_the_best():
-    coarse = [16.0, 8.0, 4.0, 2.0]
-    assert between(coarse, 2, 3) == pytest.approx([8 / 2**0.5, 4.0, 2 * 2**0.5])
-    assert between(coarse, 0, 1) == pytest.approx([16 / 2**0.5])
-    assert between(coarse, 3, 1) == pytest.approx([4 / 2**0.5])
-    assert between(coarse, 1, 0) == []
 
 
 def test_channels_that_are_constant_are_shifted_to_zero_and_not_scaled():
@@ -175,24 +167,31 @@ def test_a3_what_the_search_returns_is_one_threshold_and_never_worse_than_scalin
 
 
 def test_it_is_the_best_of_all_that_were_tried():
-    options = OSPlusOptions(thresholds=7, refinements=3)
-    step, group, seen, objective = started(4, False, options=options, gain=GAINS)
+    step, group, seen, objective = started(4, False, options=OSPlusOptions(thresholds=9), gain=GAINS)
     tried, measure = {}, objective.loss
 
-    def note(change):
+    def note(change, limit):
         tried[change] = measure(change)
         return tried[change]
 
     objective.loss = note
     found = step.search(group, seen, objective)
-    assert len(tried) == 7 + 3
+    assert 3 + 1 + 1 <= len(tried) <= 3 + 2 + 2
     assert found is min(tried, key=tried.__getitem__)
     assert any((change.scale == 1).all() for change in tried)
 
 
+def test_measuring_stops_above_the_limit_and_only_there():
+    _step, _group, _seen, objective = started(4, False, gain=GAINS)
+    change = Rescaling(torch.ones(WIDTH).double(), torch.zeros(WIDTH).double())
+    whole = objective.loss(change)
+    assert objective.loss(change, whole) == whole
+    assert whole / 2 < objective.loss(change, whole / 2) <= whole
+
+
 def test_of_equal_losses_the_larger_threshold_is_taken():
     step, group, seen, objective = started(4, False)
-    objective.loss = lambda change: 1.0
+    objective.loss = lambda change, limit: 1.0
     assert (step.search(group, seen, objective).scale == 1).all()
 
 
@@ -341,7 +340,7 @@ def quantized(folders, output, name, shift="auto", export=()):
         "name": "tiny",
         "task": task | {"text": text, "calibration": text, "calibration_samples": 3} | windows,
         "quant": quantization(6, 6, static=True),
-        "steps": [{"os-plus": {"shift": shift, "thresholds": 3, "refinements": 0}}, "round"],
+        "steps": [{"os-plus": {"shift": shift, "thresholds": 3}}, "round"],
         "export": list(export),
     }
     return ptqcore.quantize(validate(Recipe, data), "llm", output)

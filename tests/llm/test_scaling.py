@@ -142,23 +142,14 @@ def test_the_objective_of_a_layer_alone_is_its_relative_output_error(alpha):
     assert objective.loss(change) == pytest.approx(expected, rel=1e-3)
 
 
-def best_alpha(made, seen, samples):
-    """The power whose loss over these samples is least, None for leaving the channels as they are."""
-    losses = {None: loss_of(made, torch.ones(WIDTH), samples)}
-    for alpha in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
-        losses[alpha] = loss_of(made, smoothing(seen, alpha).scale.float(), samples)
-    return min(losses, key=losses.__getitem__)
-
-
 @pytest.mark.parametrize("seed", range(4))
-def test_the_power_is_the_best_of_all_and_never_worse_than_the_identity(seed):
+def test_the_power_is_the_best_of_what_is_tried_and_never_worse_than_the_identity(seed):
     made = ready(draw(3, seed=seed), seed=seed)
     step, group, seen, objective = started(made, SmoothQuant, SmoothQuantOptions())
     found = step.search(group, seen, objective)
-    alpha = best_alpha(made, seen, made.samples)
-    expected = Rescaling.identity(WIDTH) if alpha is None else smoothing(seen, alpha)
-    torch.testing.assert_close(found.scale, expected.scale)
-    assert objective.loss(found) <= objective.loss(Rescaling.identity(WIDTH))
+    powers_first = [smoothing(seen, alpha) for alpha in (0.3, 0.5, 0.7, 0.9)]
+    losses = [objective.loss(change) for change in (Rescaling.identity(WIDTH), *powers_first)]
+    assert objective.loss(found) <= min(losses)
 
 
 def test_d1_the_best_candidate_is_judged_over_all_batches_not_over_the_first_ones():
@@ -167,16 +158,15 @@ def test_d1_the_best_candidate_is_judged_over_all_batches_not_over_the_first_one
         small, large = draw(2, seed=seed)
         made = ready([small, small, large * torch.linspace(0.1, 5, WIDTH)], seed=seed)
         step, group, seen, objective = started(made, SmoothQuant, SmoothQuantOptions())
-        alone = {best_alpha(made, seen, [sample]) for sample in made.samples}
-        whole = best_alpha(made, seen, made.samples)
-        first = best_alpha(made, seen, made.samples[:1])
-        if len(alone) > 1 and whole != first:
+        line = [smoothing(seen, alpha).scale.float() for alpha in (0.3, 0.5, 0.7, 0.9)]
+        of_first = [loss_of(made, scale, made.samples[:1]) for scale in line]
+        of_all = [loss_of(made, scale, made.samples) for scale in line]
+        if of_first.index(min(of_first)) != of_all.index(min(of_all)):
             break
     else:
         pytest.fail("no samples found that disagree")
-    found = step.search(group, seen, objective)
-    expected = Rescaling.identity(WIDTH) if whole is None else smoothing(seen, whole)
-    torch.testing.assert_close(found.scale, expected.scale)
+    found = step.search(group, seen, objective).scale.float()
+    assert loss_of(made, found, made.samples) <= min(of_all) * (1 + 1e-4)
 
 
 def test_d4_statistics_and_objective_see_every_sample():
@@ -215,10 +205,8 @@ def test_awq_is_never_worse_than_ratio_zero_on_its_objective(kind):
         losses = {
             ratio: loss_without_inputs(made, powers(seen.magnitude, ratio / 20)) for ratio in range(20)
         }
-        torch.testing.assert_close(
-            found.scale, powers(seen.magnitude, min(losses, key=losses.get) / 20).scale
-        )
-        assert loss_without_inputs(made, found) <= losses[0]
+        tried = losses if kind == "gram" else {ratio: losses[ratio] for ratio in (0, 4, 8, 12, 16, 19)}
+        assert loss_without_inputs(made, found) <= min(tried.values()) * (1 + 1e-4)
 
 
 def loss_without_inputs(made, change):
@@ -441,8 +429,8 @@ STEPS = {
     "smoothquant": (SmoothQuant, SmoothQuantOptions()),
     "smoothquant on all": (SmoothQuant, SmoothQuantOptions(alpha=0.6, groups="all")),
     "awq": (AWQ, AWQOptions(ratios=5)),
-    "os-plus": (OSPlus, OSPlusOptions(thresholds=4, refinements=1)),
-    "os-plus with shifts": (OSPlus, OSPlusOptions(thresholds=4, refinements=1, shift=True)),
+    "os-plus": (OSPlus, OSPlusOptions(thresholds=5)),
+    "os-plus with shifts": (OSPlus, OSPlusOptions(thresholds=5, shift=True)),
 }
 
 
@@ -500,7 +488,7 @@ def test_only_post_norm_models_get_anything_attached_and_only_online():
     assert count == 3 * 4  # queries, keys, values and the first layer of the MLP, in three blocks
     assert attaches("bert", SmoothQuant, SmoothQuantOptions(alpha=0.5, online=False)) == ("", 0)
     assert attaches("llama", SmoothQuant, SmoothQuantOptions(alpha=0.5)) == ("", 0)
-    assert attaches("opt", OSPlus, OSPlusOptions(thresholds=3, refinements=0)) == ("", 0)
+    assert attaches("opt", OSPlus, OSPlusOptions(thresholds=3)) == ("", 0)
 
 
 def test_reassembly_says_so_too():

@@ -1,5 +1,6 @@
 """The step `awq`: channels that matter are made larger before rounding (Lin et al., arXiv 2306.00978)."""
 
+import math
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -8,17 +9,21 @@ from pydantic import Field
 from torch import Tensor
 
 from ptq_llm.groups import Group
+from ptq_llm.line_search import coarse_to_fine, least
 from ptq_llm.objective import Objective
 from ptq_llm.rescale import Rescaling
 from ptq_llm.scaling import ChannelStatistics, ScaleOptions, ScaleStep
 from ptq_llm.simulation import rounded
 from ptqcore import StepOptions
 
+_STRIDE = 4
+
 
 class AWQOptions(ScaleOptions):
-    """ratios: powers tried, from 0 (no change) in equal steps to below 1. objective: `outputs` compares
-    what the next layers read; `gram` compares the layers' own outputs through the Gram of their inputs,
-    much faster but blind to rounded activations; `auto` takes the Gram where only weights are rounded."""
+    """ratios: powers, from 0 (no change) in equal steps to below 1. objective: `outputs` compares what the
+    next layers read, for every fourth power first and then around the best; `gram` compares the layers'
+    own outputs through the Gram of their inputs for all powers, much faster but blind to rounded
+    activations; `auto` takes the Gram where only weights are rounded."""
 
     groups: Literal["norms", "all"] = "all"
     ratios: int = Field(default=20, ge=1)
@@ -36,12 +41,13 @@ class AWQ(ScaleStep):
         gram = self.options.objective == "gram"
         if self.options.objective == "auto":
             gram = all(self.context.grids.inputs(path) is None for path in objective.layers)
-        loss = partial(self._gram_loss, objective) if gram else objective.loss
         count = self.options.ratios
         candidates = [powers(statistics.magnitude, index / count) for index in range(count)]
-        return min(candidates, key=loss)
+        if gram:
+            return least(candidates, partial(self._gram_loss, objective))
+        return coarse_to_fine(candidates, _STRIDE, objective.loss)
 
-    def _gram_loss(self, objective: Objective, change: Rescaling) -> float:
+    def _gram_loss(self, objective: Objective, change: Rescaling, limit: float = math.inf) -> float:
         """Σ over layers of tr(ΔW G ΔWᵀ) / tr(W G Wᵀ), ΔW from rounding the rescaled weight."""
         total = 0.0
         for path in objective.layers:

@@ -6,6 +6,7 @@ embeddings, gates and norms between them need not be known (Outlier Suppression+
 eq. 7). Layers that nothing in the block reads are compared by their own outputs (eq. 6).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
@@ -56,6 +57,7 @@ class Objective:
         self._alone = not self._sinks
         if self._alone:
             self._inputs = self._record_inputs()
+            self._outputs = {path: self._plain_outputs(path) for path in self._layers}
             return
         self._parent = self._model.get_submodule(at)
         self._calls = self._record_parent()
@@ -72,42 +74,45 @@ class Objective:
         return self._layers
 
     @torch.no_grad()
-    def loss(self, change: Change) -> float:
-        """The error with this change, weights rounded to nearest and inputs as the recipe rounds them."""
-        return self._loss_alone(change) if self._alone else self._loss_behind(change)
+    def loss(self, change: Change, limit: float = math.inf) -> float:
+        """The error with this change, weights rounded to nearest and inputs as the recipe rounds them; of
+        the first samples alone where that is above `limit` already."""
+        return self._loss_alone(change, limit) if self._alone else self._loss_behind(change, limit)
 
-    def _loss_alone(self, change: Change) -> float:
+    def _loss_alone(self, change: Change, limit: float) -> float:
         total = 0.0
         for path in self._layers:
             layer, rounding = self._model.get_submodule(path), self._rounding(path, change)
             weight, bias = layer.get_parameter("weight"), layer._parameters.get("bias")
             new = rounded(change.weight(weight), self._context.grids.weights(path).spec)
             moved = change.bias(weight, bias)
-            error = energy = 0.0
-            for rows in self._inputs[path]:
-                wanted = nn.functional.linear(rows, weight, bias)
+            outputs, energy = self._outputs[path]
+            for rows, wanted in zip(self._inputs[path], outputs, strict=True):
                 found = nn.functional.linear(rounding(change.inputs(rows)), new, moved)
-                error += float((found - wanted).double().square().sum())
-                energy += float(wanted.double().square().sum())
-            total += error / energy if energy else error
+                total += float((found - wanted).double().square().sum()) / (energy or 1)
+                if total > limit:
+                    return total
         return total
 
-    def _loss_behind(self, change: Change) -> float:
+    def _loss_behind(self, change: Change, limit: float) -> float:
         kept = {path: dict(self._model.get_submodule(path)._parameters) for path in self._layers}
         handles = [self._install(path, change) for path in self._layers]
-        error = dict.fromkeys(self._sinks, 0.0)
+        total = 0.0
         try:
             for sample, wanted in enumerate(self._wanted):
                 found = self._compared(sample)
                 for sink in found.keys() & wanted.keys():
-                    if found[sink].shape == wanted[sink].shape:
-                        error[sink] += float((found[sink] - wanted[sink]).double().square().sum())
+                    if found[sink].shape == wanted[sink].shape and self._energy[sink]:
+                        error = float((found[sink] - wanted[sink]).double().square().sum())
+                        total += error / self._energy[sink]
+                if total > limit:
+                    break
         finally:
             for handle in handles:
                 handle.remove()
             for path, parameters in kept.items():
                 self._model.get_submodule(path)._parameters.update(parameters)
-        return sum(error[sink] / self._energy[sink] for sink in self._sinks if self._energy[sink])
+        return total
 
     def _install(self, path: str, change: Change) -> Any:
         """Give a layer its changed, rounded weight, and round its changed inputs; the hook's handle."""
@@ -139,6 +144,14 @@ class Objective:
             for handle in handles:
                 handle.remove()
         return found
+
+    @torch.no_grad()
+    def _plain_outputs(self, path: str) -> tuple[list[Tensor], float]:
+        """What a layer makes of what was recorded, and Σ ‖y‖²."""
+        layer = self._model.get_submodule(path)
+        weight, bias = layer.get_parameter("weight"), layer._parameters.get("bias")
+        outputs = [nn.functional.linear(rows, weight, bias) for rows in self._inputs[path]]
+        return outputs, sum(float(wanted.double().square().sum()) for wanted in outputs)
 
     def _record_parent(self) -> list[tuple[Any, Any]]:
         """What the module around the group and what it leads to is called with, for every sample."""

@@ -1,6 +1,5 @@
 """The step `os-plus`: Outlier Suppression+ (Wei et al., arXiv 2304.09145)."""
 
-import math
 from typing import ClassVar, Literal
 
 import torch
@@ -8,23 +7,25 @@ from pydantic import Field
 from torch import Tensor
 
 from ptq_llm.groups import Group
+from ptq_llm.line_search import coarse_to_fine
 from ptq_llm.objective import Objective
 from ptq_llm.rescale import Rescaling
 from ptq_llm.scaling import ChannelStatistics, ScaleOptions, ScaleStep
 from ptqcore import Block, StepOptions
 
+_STRIDE = 4
+
 
 class OSPlusOptions(ScaleOptions):
     """shift: whether channels are centred: `auto`, where norm and layers have biases to hold the offsets;
     `true` gives biases to all, and an offset behind norms that have none (RMSNorm); never where other
-    parameters (the router of experts) read the channels. thresholds, refinements: values of the
-    threshold tried from the largest magnitude, which scales nothing, down to a quarter of the median,
-    evenly in its logarithm, and then around the best."""
+    parameters (the router of experts) read the channels. thresholds: values of the threshold from the
+    largest magnitude, which scales nothing, down to a quarter of the median, evenly in its logarithm;
+    every fourth is tried, then those around the best."""
 
     groups: Literal["norms", "all"] = "all"
     shift: Literal["auto"] | bool = "auto"
-    thresholds: int = Field(default=16, ge=2)
-    refinements: int = Field(default=4, ge=0)
+    thresholds: int = Field(default=45, ge=2)
 
 
 class OSPlus(ScaleStep):
@@ -40,20 +41,9 @@ class OSPlus(ScaleStep):
         if self.shifts(group, objective.block):
             shift = centre(statistics.low, statistics.high)
         magnitude = torch.maximum(statistics.high - shift, shift - statistics.low)
-        best, loss = Rescaling(torch.ones_like(shift), shift), math.inf
-        coarse = thresholds(magnitude, self.options.thresholds)
-        place = 0
-        for index, threshold in enumerate(coarse):
-            candidate = Rescaling(scale_for(magnitude, threshold), shift)
-            found = objective.loss(candidate)
-            if found < loss:  # ties: the larger threshold, which changes weights less
-                best, loss, place = candidate, found, index
-        for threshold in between(coarse, place, self.options.refinements):
-            candidate = Rescaling(scale_for(magnitude, threshold), shift)
-            found = objective.loss(candidate)
-            if found < loss:
-                best, loss = candidate, found
-        return best
+        values = thresholds(magnitude, self.options.thresholds)
+        line = [Rescaling(scale_for(magnitude, threshold), shift) for threshold in values]
+        return coarse_to_fine(line, _STRIDE, objective.loss)
 
     def shifts(self, group: Group, block: Block) -> bool:
         return may_shift(group, block, self.options.shift)
@@ -85,9 +75,3 @@ def thresholds(magnitude: Tensor, count: int) -> list[float]:
         return [1.0]
     top, bottom = float(positive.max()), float(positive.median()) / 4
     return [top * (bottom / top) ** (index / (count - 1)) for index in range(count)]
-
-
-def between(coarse: list[float], place: int, count: int) -> list[float]:
-    """Thresholds between the neighbours of the best one, evenly in the logarithm."""
-    above, below = coarse[max(place - 1, 0)], coarse[min(place + 1, len(coarse) - 1)]
-    return [above * (below / above) ** ((index + 1) / (count + 1)) for index in range(count)]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ptq_llm.group_step import GroupOptions, GroupStep
 from ptq_llm.groups import Group
+from ptq_llm.line_search import least
 from ptq_llm.objective import Objective
 from ptq_llm.os_plus import thresholds
 from ptq_llm.reassembly import Reassemble, Reassembly, distances, parts, reassemble
@@ -66,7 +67,7 @@ class ChannelReassembly(GroupStep):
         magnitude = torch.maximum(-statistics.low, statistics.high)
         candidates = [Reassembly.identity(len(magnitude))]
         candidates += self._candidates(magnitude, distance)
-        return min(candidates, key=objective.loss)
+        return least(candidates, objective.loss)
 
     def _candidates(self, magnitude: Tensor, distance: Tensor) -> list[Reassembly]:
         """One for every number of added channels that the thresholds give."""

@@ -8,16 +8,19 @@ from pydantic import Field
 from torch import Tensor
 
 from ptq_llm.groups import Group
+from ptq_llm.line_search import coarse_to_fine, least
 from ptq_llm.objective import Objective
 from ptq_llm.rescale import Rescaling
 from ptq_llm.scaling import ChannelStatistics, ScaleOptions, ScaleStep
 from ptqcore import StepOptions
 
-_ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+_ALPHAS = [0.3 + 0.05 * index for index in range(13)]
+_STRIDE = 4
 
 
 class SmoothQuantOptions(ScaleOptions):
-    """alpha: the power; null tries 0.3 … 0.9 for every group, and leaving it as it is."""
+    """alpha: the power; null searches it for every group: 0.3, 0.5, 0.7, 0.9, then down to 0.05 around the
+    best; and compares leaving the group as it is."""
 
     alpha: float | None = Field(default=None, ge=0, le=1)
 
@@ -32,9 +35,9 @@ class SmoothQuant(ScaleStep):
     def search(self, group: Group, statistics: ChannelStatistics, objective: Objective) -> Rescaling:
         if self.options.alpha is not None:
             return smoothing(statistics, self.options.alpha)
-        candidates = [Rescaling.identity(len(statistics.low))]
-        candidates += [smoothing(statistics, alpha) for alpha in _ALPHAS]
-        return min(candidates, key=objective.loss)
+        line = [smoothing(statistics, alpha) for alpha in _ALPHAS]
+        found = coarse_to_fine(line, _STRIDE, objective.loss)
+        return least([Rescaling.identity(len(statistics.low)), found], objective.loss)
 
 
 def smoothing(statistics: ChannelStatistics, alpha: float) -> Rescaling:
