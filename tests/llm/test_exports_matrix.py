@@ -7,6 +7,7 @@ sentence, before anything is quantized.
 
 import json
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -217,3 +218,40 @@ def test_what_a_step_attaches_without_saying_so_is_refused_by_name(folder, tmp_p
         ExportError, match=r"compressed-tensors cannot hold llm:hadamard, .* model\.layers\.0"
     ):
         run(ROWS["rotate-online"], ["compressed-tensors"], folder, tmp_path)
+
+
+# What the README says
+
+
+def test_the_table_of_the_readme_is_this_one():
+    readme = (Path(__file__).parents[2] / "plugins/ptq-llm/README.md").read_text(encoding="utf-8")
+    lines = [
+        f"| {' | '.join(['method', *(f'`{name}`' for name in FORMATS)])} |",
+        f"|---{'|---' * len(FORMATS)}|",
+    ]
+    for row in ROWS.values():
+        held = ["no" if name in row.refused else "yes" for name in FORMATS]
+        lines.append(f"| {' | '.join([described(row), *held])} |")
+    assert "\n".join(lines) in readme, "\n".join(lines)
+
+
+def described(row):
+    weights, inputs = row.quant["weights"], row.quant.get("activations")
+    text = f"W{width(weights)}"
+    if inputs:
+        text += f" A{width(inputs)} {'dynamic' if inputs.get('dynamic') else 'static'}"
+    if row.asymmetric:
+        text += " asymmetric"
+    return f"{text}: {', '.join(map(step_text, row.steps))}"
+
+
+def width(grid):
+    return f" {grid['dtype']}" if "dtype" in grid else grid.get("bits", 8)
+
+
+def step_text(step):
+    if isinstance(step, str):
+        return f"`{step}`"
+    ((name, options),) = step.items()
+    shown = ", ".join(f"{key}: {str(value).lower()}" for key, value in options.items() if key != "epochs")
+    return f"`{name}`{f' ({shown})' if shown else ''}"
