@@ -1,0 +1,1 @@
+"""ptq-diffusion: post-training quantization of diffusion models, on ptqcore."""
