@@ -46,6 +46,7 @@ _STEPS = 4500
 _RATE = 2e-3
 _WARM_UP = 100
 _AVERAGE = 0.995
+_HIDDEN_LABELS = 0.1
 _SAVE_EVERY = 250
 _EPOCHS = 12
 _SHOWN = 128
@@ -101,12 +102,18 @@ def _idx(file: Path, dimensions: int) -> NDArray[np.uint8]:
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy()
 
 
+@dataclass(frozen=True)
 class Denoiser:
-    """How to build, call and save one kind of denoiser."""
+    """How to build and call one kind of denoiser.
 
-    def __init__(self, build: Callable[[], nn.Module], conditional: bool) -> None:
-        self.build = build
-        self.conditional = conditional
+    conditional: whether it is told the class.
+    no_class: the label that stands for any digit; a tenth of what it learns from has this one, so that its
+        samples can be guided (Ho & Salimans, arXiv 2207.12598). None: it always needs a class.
+    """
+
+    build: Callable[[], nn.Module]
+    conditional: bool = False
+    no_class: int | None = None
 
     def noise(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
         """The noise that a model sees in images [n, 1, 16, 16]; timesteps and labels: [n]."""
@@ -161,15 +168,19 @@ def dit() -> nn.Module:
 
 
 DENOISERS = {
-    "unet": Denoiser(unet, conditional=False),
+    "unet": Denoiser(unet),
     "unet-classes": Denoiser(unet_of_classes, conditional=True),
-    "dit": Denoiser(dit, conditional=True),
+    "dit": Denoiser(dit, conditional=True, no_class=CLASSES),
 }
 
 
 @dataclass
 class Training:
-    """A training under way; everything random in step s follows from the seed and s."""
+    """A training under way; everything random in step s follows from the seed and s.
+
+    The model trains in evaluation mode, which differs in one thing: diffusers' DiT does not hide labels,
+    which it would do in each block on its own.
+    """
 
     denoiser: Denoiser
     digits: Digits
@@ -180,8 +191,8 @@ class Training:
     def run(self) -> tuple[Any, float, float]:
         """Train; the averaged model, the mean loss of the last 500 steps, and CPU-seconds."""
         torch.manual_seed(self.seed)
-        self.model = self.denoiser.build().train()
-        self.average = deepcopy(self.model).requires_grad_(False).eval()
+        self.model = self.denoiser.build().eval()
+        self.average = deepcopy(self.model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=_RATE, weight_decay=0.01)
         self.scheduler = DDIMScheduler()
         self.losses: list[float] = []
@@ -205,6 +216,8 @@ class Training:
         images, labels = 2 * self.digits.images[chosen] - 1, self.digits.labels[chosen]
         timesteps = torch.randint(self.scheduler.config.num_train_timesteps, (_BATCH,))
         noise = torch.randn_like(images)
+        if self.denoiser.no_class is not None:
+            labels = labels.masked_fill(torch.rand(_BATCH) < _HIDDEN_LABELS, self.denoiser.no_class)
         noisy = self.scheduler.add_noise(images, noise, timesteps)
         loss = F.mse_loss(self.denoiser.noise(self.model, noisy, timesteps, labels), noise)
         self.optimizer.zero_grad()
