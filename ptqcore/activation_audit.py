@@ -12,6 +12,7 @@ from ptqcore.edges import TensorFunction
 from ptqcore.placement import Edge
 from ptqcore.quantizers import FakeQuant
 from ptqcore.report.record import ActivationRecord
+from ptqcore.timesteps import Moment, at
 
 
 class CountClipped:
@@ -29,8 +30,7 @@ class CountClipped:
     def round(self, edge: Edge, x: Tensor) -> Tensor:
         """x on the grid of an edge."""
         quantizer = self._quantizers[edge]
-        assert quantizer.scale is not None
-        inside = grid.inside(x.float(), quantizer.scale, quantizer.zero_point, quantizer.spec)
+        inside = grid.inside(x.float(), *quantizer.parameters_for(x), quantizer.spec)
         self._clipped[edge] += x.numel() - int(inside.sum())
         self._seen[edge] += x.numel()
         return quantizer(x)
@@ -44,11 +44,14 @@ class CountClipped:
         ]
 
 
-def between_record(edge: Edge, quantizer: FakeQuant, tensors: Iterable[Tensor]) -> ActivationRecord:
-    """The figures of an edge between blocks, for the tensors of all samples there."""
+def between_record(
+    edge: Edge, quantizer: FakeQuant, tensors: Iterable[Tensor], moments: Iterable[Moment | None]
+) -> ActivationRecord:
+    """The figures of an edge between blocks, for the tensors of all samples there and their timesteps."""
     count = CountClipped({edge: quantizer})
-    for tensor in tensors:
-        count.round(edge, tensor)
+    for tensor, moment in zip(tensors, moments, strict=True):
+        with at(moment):
+            count.round(edge, tensor)
     return count.records("")[0]
 
 
@@ -63,19 +66,19 @@ def input_records(block: Block) -> list[ActivationRecord]:
 
 
 def grid_ends(quantizer: FakeQuant) -> tuple[float, float]:
-    """The smallest and the largest value of a static grid."""
+    """The smallest and the largest value of a static grid, or of those of all timesteps."""
     spec, scale = quantizer.spec, quantizer.scale
     assert scale is not None
     if spec.is_float:
-        largest = grid.float_max(spec) * float(scale)
+        largest = grid.float_max(spec) * float(scale.max())
         return -largest, largest
-    codes = torch.tensor([0.0, spec.levels])
-    low, high = sorted(grid.values(codes, scale.float().cpu(), quantizer.zero_point, spec).tolist())
-    return low, high
+    codes = torch.tensor([[0.0], [spec.levels]])
+    ends = grid.values(codes, scale.float().cpu(), quantizer.zero_point, spec)
+    return float(ends.min()), float(ends.max())
 
 
 def _record(name: str, block: str, quantizer: FakeQuant, clipped: float | None) -> ActivationRecord:
     assert quantizer.scale is not None
     return ActivationRecord(
-        name, block, str(quantizer.spec), grid_ends(quantizer), float(quantizer.scale), clipped
+        name, block, str(quantizer.spec), grid_ends(quantizer), float(quantizer.scale.max()), clipped
     )

@@ -27,6 +27,7 @@ from ptqcore.modules import QuantModule, quantized_class, replace_module
 from ptqcore.placement import Edge
 from ptqcore.plugin import discover
 from ptqcore.spec import QuantSpec
+from ptqcore.timesteps import Timesteps, Unseen, timesteps_of
 
 FORMAT = 1
 MODEL_FILE = "model.safetensors"
@@ -80,6 +81,16 @@ class EdgeEntry(BaseModel):
         return Edge(Site(self.owner, self.call, self.function, self.ordinal), self.side, self.index)
 
 
+class TimestepsEntry(BaseModel):
+    """What makes the model's `Timesteps`; their values are stored with its tensors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    count: int
+    argument: str
+    unseen: Unseen
+
+
 class Manifest(BaseModel):
     """What `manifest.json` holds. `tied` maps a tensor's name to the stored one it is the same as,
     `folded` a batch norm to the layer that it was folded into."""
@@ -93,6 +104,7 @@ class Manifest(BaseModel):
     layers: dict[str, LayerEntry]
     edges: list[EdgeEntry] = []
     attachments: list[AttachmentEntry] = []
+    timesteps: TimestepsEntry | None = None
     folded: dict[str, str] = {}
     tied: dict[str, str]
     sha256: str
@@ -186,6 +198,7 @@ def save(
     """
     tensors, tied = unique_tensors(model)
     files.write_tensors(folder / MODEL_FILE, tensors)
+    timesteps = timesteps_of(model)
     manifest = Manifest(
         core=core,
         plugin=plugin,
@@ -193,6 +206,7 @@ def save(
         layers=describe_layers(model),
         edges=describe_edges(model),
         attachments=describe_attachments(model),
+        timesteps=None if timesteps is None else TimestepsEntry(**timesteps.settings()),
         folded=folded or {},
         tied=tied,
         sha256=files.digest(folder / MODEL_FILE),
@@ -253,6 +267,8 @@ def restore(
     build_attachments(model, manifest.attachments, find or discover().attachment)
     if manifest.edges:
         ActivationQuantizers({entry.edge: entry.spec for entry in manifest.edges}).attach(model)
+    if manifest.timesteps is not None:
+        Timesteps(**manifest.timesteps.model_dump()).attach(model)
     try:
         state = load_file(folder / MODEL_FILE)
     except (OSError, SafetensorError) as error:

@@ -54,7 +54,7 @@ def input_scales(flow: Dataflow, quantizers: ActivationQuantizers) -> dict[str, 
 
     def scale(edge: Edge) -> float | None:
         known = quantizers[edge].scale if edge in quantizers.names else None
-        return None if known is None else float(known)
+        return None if known is None or len(known) > 1 else float(known)
 
     for op in flow.ops:
         first = on_grid.get(op.inputs[0]) if op.inputs else None
@@ -82,7 +82,7 @@ def _output_scales(flow: Dataflow, quantizers: ActivationQuantizers) -> dict[str
             edge = Edge(after[0].site if clipped else op.site, "output")
             edge = edge if edge in quantizers.names else Edge(op.site, "output")
             scale = quantizers[edge].scale if edge in quantizers.names else None
-            found[op.site.owner].add(None if scale is None else float(scale))
+            found[op.site.owner].add(None if scale is None or len(scale) > 1 else float(scale))
     return found
 
 

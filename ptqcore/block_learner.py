@@ -16,6 +16,7 @@ from ptqcore.edges import TensorFunction
 from ptqcore.modules import rows_to_weight
 from ptqcore.placement import Edge
 from ptqcore.quantizers import FakeQuant, LearnedRounding, LearnedStep, random_mask
+from ptqcore.timesteps import at
 from ptqcore.walk import BlockIO
 
 
@@ -79,6 +80,7 @@ class BlockLearner:
             edge: self._rounding(quantizer, phase, generator) for edge, quantizer in self.quantizers.items()
         }
         with (
+            at(self.io.moment(samples)),
             torch.autocast("cpu", self._precision, enabled=self._precision != torch.float32),
             edges.applying(block.module, block.path, functions if phase.keep else {}),
         ):

@@ -155,7 +155,7 @@ class ActivationQuantizers(nn.Module):
 
     def drop_unreached(self) -> list[Edge]:
         """Remove the quantizers that no calibration sample reached, and say which they were."""
-        unreached = [edge for edge in self.names if not bool(self[edge].scale.isfinite())]  # type: ignore[union-attr]
+        unreached = [edge for edge in self.names if not bool(self[edge].scale.isfinite().all())]  # type: ignore[union-attr]
         for edge in unreached:
             delattr(self, self.names.pop(edge))
         return unreached

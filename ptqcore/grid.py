@@ -6,6 +6,7 @@ Scales and zero points have the *layout* of a tensor under a spec. For x of shap
     channel   [rows, 1, …, 1]        (rows = first dimension)
     group     [..., ceil(n / group_size)]
     token     [..., 1]
+    timestep  as tensor, that of the timestep that is computed
 
 Zero points are whole numbers stored in the dtype of the scale.
 """
@@ -50,7 +51,7 @@ def merge_groups(x: Tensor, spec: QuantSpec, n: int) -> Tensor:
 
 def reduced_dims(x: Tensor, spec: QuantSpec) -> tuple[int, ...]:
     """Dimensions of `split_groups(x)` that share one scale."""
-    if spec.granularity == "tensor":
+    if spec.granularity in ("tensor", "timestep"):
         return tuple(range(x.ndim))
     if spec.granularity == "channel":
         return tuple(range(1, x.ndim))
@@ -59,7 +60,7 @@ def reduced_dims(x: Tensor, spec: QuantSpec) -> tuple[int, ...]:
 
 def layout_shape(shape: tuple[int, ...], spec: QuantSpec) -> tuple[int, ...]:
     """Shape of the scale of a tensor of that shape."""
-    if spec.granularity == "tensor":
+    if spec.granularity in ("tensor", "timestep"):
         return (1,) * len(shape)
     if spec.granularity == "channel":
         return (shape[0],) + (1,) * (len(shape) - 1)
@@ -129,6 +130,11 @@ def _held(scale: Tensor, spec: QuantSpec) -> Tensor:
     return scale.clamp(-largest, largest).to(dtype).to(scale.dtype)
 
 
+def _last(x: Tensor) -> int:
+    """The size of the last dimension; a bare number is a row of one."""
+    return x.shape[-1] if x.ndim else 1
+
+
 def _spread(parameter: Tensor, spec: QuantSpec) -> Tensor:
     return parameter.unsqueeze(-1) if spec.granularity == "group" else parameter
 
@@ -166,27 +172,27 @@ def position(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpe
     """Where x lies on an integer grid: its code before rounding and clipping, same shape as x."""
     scaled = split_groups(x, spec) / _spread(scale, spec)
     offset = spec.middle if zero_point is None else _spread(zero_point, spec)
-    return merge_groups(scaled + offset, spec, x.shape[-1])
+    return merge_groups(scaled + offset, spec, _last(x))
 
 
 def values(position: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
     """Inverse of `position`, for codes that may lie between whole ones; differentiable."""
     groups = split_groups(position, spec)
-    return merge_groups(_values(groups, scale, zero_point, spec), spec, position.shape[-1])
+    return merge_groups(_values(groups, scale, zero_point, spec), spec, _last(position))
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
     """Codes of x as uint8, same shape as x: integers 0 … 2^bits − 1, or the bytes of an FP8 format."""
     codes = _codes(split_groups(x, spec), scale, zero_point, spec)
     raw = codes.view(torch.uint8) if spec.is_float else codes.to(torch.uint8)
-    return merge_groups(raw, spec, x.shape[-1])
+    return merge_groups(raw, spec, _last(x))
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
     """Values of uint8 codes, in the dtype of the scale."""
     groups = split_groups(codes, spec)
     numbers = groups.view(float_dtype(spec)) if spec.is_float else groups.to(scale.dtype)
-    return merge_groups(_values(numbers, scale, zero_point, spec), spec, codes.shape[-1])
+    return merge_groups(_values(numbers, scale, zero_point, spec), spec, _last(codes))
 
 
 def inside(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
@@ -197,7 +203,7 @@ def inside(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec)
     else:
         code = _unclipped(scaled, zero_point, spec)
         kept = (code >= 0) & (code <= spec.levels)
-    return merge_groups(kept, spec, x.shape[-1])
+    return merge_groups(kept, spec, _last(x))
 
 
 class _RoundStraightThrough(torch.autograd.Function):
@@ -208,7 +214,7 @@ class _RoundStraightThrough(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(inside(x, scale, zero_point, spec))
         codes = _codes(split_groups(x, spec), scale, zero_point, spec)
-        return merge_groups(_values(codes, scale, zero_point, spec), spec, x.shape[-1])
+        return merge_groups(_values(codes, scale, zero_point, spec), spec, _last(x))
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]

@@ -1,6 +1,6 @@
 """Which grid every weight and activation of one model gets, from a recipe and the dataflow map."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from ptqcore.dataflow import Dataflow, Op
@@ -14,12 +14,17 @@ Numbers = tuple[int, ...]
 class Grids:
     """edges: the grid of every rounded tensor between functions, in the scope `dataflow`; ends: the
     first and last layers, which `quant.first_last_bits` is for; bits: layers to whose weights a step
-    has given another width."""
+    has given another width; timesteps: those that the calibration samples are of, in rising order;
+    by_timestep: modules whose inputs a step has given a range for each of them; readers: the modules
+    that multiply what is at an edge, or add or join it where none does."""
 
     quant: QuantSection
     ends: frozenset[str] = frozenset()
-    edges: Mapping[Edge, TensorQuant] = field(default_factory=dict)
+    edges: dict[Edge, TensorQuant] = field(default_factory=dict)
     bits: dict[str, int] = field(default_factory=dict)
+    timesteps: tuple[float, ...] = ()
+    by_timestep: set[str] = field(default_factory=set)
+    readers: dict[Edge, frozenset[str]] = field(default_factory=dict)
 
     def weights(self, path: str) -> TensorQuant:
         """The grid of the weight of the layer at `path`."""
@@ -31,14 +36,36 @@ class Grids:
         """The grid of the input of the layer at `path`, in the scope `layers`."""
         if self.quant.activations is None or self.quant.scope == "dataflow":
             return None
-        return self._at(path in self.ends, self.quant.activations)
+        found = self._at(path in self.ends, self.quant.activations)
+        return self._for_each_timestep(found) if path in self.by_timestep else found
+
+    def range_for_each_timestep(self, paths: Iterable[str]) -> None:
+        """Give what flows into these layers a range for each timestep, in the scope `dataflow` wherever
+        that is rounded, and what other modules multiply or add; dynamic grids stay as they are.
+
+        Raises:
+            ValueError: if the calibration samples have no timesteps.
+        """
+        if not self.timesteps:
+            raise ValueError("the calibration samples have no timesteps")
+        self.by_timestep.update(paths)
+        for edge, quant in self.edges.items():
+            if not self.by_timestep.isdisjoint(self.readers[edge]):
+                self.edges[edge] = self._for_each_timestep(quant)
+
+    def _for_each_timestep(self, quant: TensorQuant) -> TensorQuant:
+        if quant.dynamic:
+            return quant
+        return quant.model_copy(update={"granularity": "timestep", "timesteps": len(self.timesteps)})
 
     def _at(self, end: bool, quant: TensorQuant) -> TensorQuant:
         bits = self.quant.first_last_bits
         return quant.model_copy(update={"bits": bits}) if end and bits is not None else quant
 
 
-def make_grids(quant: QuantSection, flow: Dataflow, targets: set[str]) -> Grids:
+def make_grids(
+    quant: QuantSection, flow: Dataflow, targets: set[str], timesteps: Iterable[float] = ()
+) -> Grids:
     """The grids of one model.
 
     Activations have the recipe's width where a layer or a product of two activations reads them;
@@ -48,13 +75,13 @@ def make_grids(quant: QuantSection, flow: Dataflow, targets: set[str]) -> Grids:
         quant: the recipe's section.
         flow: one traced forward pass.
         targets: paths of the layers that will be quantized.
+        timesteps: of the calibration samples, where models have such.
     """
     ends = _ends(flow, targets)
-    grids = Grids(quant, frozenset(ends))
+    grids = Grids(quant, frozenset(ends), timesteps=tuple(timesteps))
     if quant.scope == "layers" or quant.activations is None:
         return grids
     readers, ops = flow.consumers(), {op.site: op for op in flow.ops}
-    edges = {}
     for edge in find_edges(flow, targets):
         op = ops[edge.site]
         number = (op.inputs if edge.side == "input" else op.outputs)[edge.index]
@@ -62,8 +89,10 @@ def make_grids(quant: QuantSection, flow: Dataflow, targets: set[str]) -> Grids:
         owners = {op.site.owner, *(reader.site.owner for reader in multiplied)}
         at_end = edge.side == "input" or not owners.isdisjoint(ends)
         own = grids._at(at_end, quant.activations)
-        edges[edge] = own if multiplied else own.model_copy(update={"bits": 8})
-    return Grids(quant, frozenset(ends), edges)
+        grids.edges[edge] = own if multiplied else own.model_copy(update={"bits": 8})
+        reads = multiplied if edge.side == "output" and multiplied else [op]
+        grids.readers[edge] = frozenset(reader.site.owner for reader in reads)
+    return grids
 
 
 def _behind_moves(number: int, readers: dict[int, list[Op]]) -> Iterator[Op]:

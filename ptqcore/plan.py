@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -11,6 +12,7 @@ from pydantic import BaseModel
 from ptqcore.errors import PluginError, RecipeError
 from ptqcore.export.base import Exporter
 from ptqcore.observers import Observer
+from ptqcore.observers.per_timestep import PerTimestep
 from ptqcore.plugin import CORE, Registry, discover
 from ptqcore.recipe import Entry, Recipe, TensorQuant, read_recipe, validate
 from ptqcore.step import Context, Stage, Step, StepOptions
@@ -134,7 +136,7 @@ def find_recipe(name: str | None, plugin: str, overrides: Iterable[str] = ()) ->
 
 
 def make_observer(registry: Registry, plugin: str, quant: TensorQuant, place: str = "observer") -> Observer:
-    """A new observer as a `TensorQuant` names it.
+    """A new observer as a `TensorQuant` names it; one for each timestep where its grid has such ranges.
 
     Raises:
         RecipeError: if the name is unknown or an option is wrong.
@@ -142,7 +144,8 @@ def make_observer(registry: Registry, plugin: str, quant: TensorQuant, place: st
     entry = quant.observer
     observer_class = _find(registry, "observers", entry.name, plugin, Observer)
     options = _options(observer_class, entry.options, f"{place}.{entry.name}")
-    return observer_class(quant.spec, **options.model_dump())
+    make = partial(observer_class, **options.model_dump())
+    return make(quant.spec) if quant.timesteps is None else PerTimestep(quant.spec, make)
 
 
 def _exporter(registry: Registry, plugin: str, entry: Entry, recipe: Recipe) -> Exporter:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ptqcore import audit
 from ptqcore.blocks import Block, find_blocks
 from ptqcore.dataflow import Dataflow, inside, tensors_in, trace
-from ptqcore.errors import ExportError
+from ptqcore.errors import ExportError, ModelError
 from ptqcore.flowmap import Folding, map_network
 from ptqcore.folding import find_norms, fold, relative_difference
 from ptqcore.grids import make_grids
@@ -22,6 +22,7 @@ from ptqcore.recipe import Recipe
 from ptqcore.report.network import FlowMap
 from ptqcore.step import Context, Step
 from ptqcore.task import Task
+from ptqcore.timesteps import Timesteps
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Prepared:
     context: Context
     blocks: list[Block]
     folding: Folding
+    timesteps: Timesteps | None = None
 
     def map(self) -> FlowMap:
         """The map of the model, as long as it is in full precision."""
@@ -64,12 +66,30 @@ def prepare(plan: Plan, task: Task, model: nn.Module, samples: Sequence[Any]) ->
     targets = {
         path: layer for path, layer in targets.items() if any(inside(path, block.path) for block in blocks)
     }
-    grids = make_grids(recipe.quant, flow, set(targets))
+    timesteps = timesteps_of_samples(task, samples)
+    grids = make_grids(
+        recipe.quant, flow, set(targets), [] if timesteps is None else timesteps.values.tolist()
+    )
     for exporter in plan.exporters:
         exporter.check_layers(recipe.quant, targets)
         exporter.check_model(model, task, targets)
     context = Context(recipe.quant, plan.observer, excluded, recipe.seed, grids)
-    return Prepared(model, samples, flow, context, blocks, folding)
+    return Prepared(model, samples, flow, context, blocks, folding, timesteps)
+
+
+def timesteps_of_samples(task: Task, samples: Sequence[Any]) -> Timesteps | None:
+    """The timesteps that the calibration samples are of, where the task's models have such.
+
+    Raises:
+        ModelError: if some samples have one and others have not.
+    """
+    found = [task.timestep(sample) for sample in samples]
+    known = [timestep for timestep in found if timestep is not None]
+    if not known:
+        return None
+    if len(known) < len(found):
+        raise ModelError("some calibration samples have a timestep and others have none")
+    return Timesteps.of(known, task.timestep_argument)
 
 
 def check_exports(plan: Plan, prepared: Prepared, steps: Sequence[Step]) -> None:

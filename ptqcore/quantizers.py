@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ptqcore import grid
 from ptqcore.packed import QuantizedTensor
 from ptqcore.spec import QuantSpec
+from ptqcore.timesteps import along, current
 
 _CENTRED = 1 / 64  # how far, in steps, the ends of a centred range may differ in magnitude
 
@@ -16,7 +17,8 @@ class FakeQuant(nn.Module):
     """Rounds an activation to the grid of its spec and back.
 
     A dynamic spec takes the range of the tensor (or of each token or group) it is given; a static
-    one uses the range set by `set_range`, kept as the buffers `scale` [1] and `zero_point` [1].
+    one uses the range set by `set_range`, kept as the buffers `scale` and `zero_point`: [1], or
+    [timesteps] where there is one for each.
     """
 
     scale: Tensor | None
@@ -26,21 +28,46 @@ class FakeQuant(nn.Module):
         super().__init__()
         self.spec = spec
         static_asymmetric = not spec.dynamic and not spec.symmetric
-        self.register_buffer("scale", None if spec.dynamic else torch.full((1,), torch.nan))
-        self.register_buffer("zero_point", torch.zeros(1) if static_asymmetric else None)
+        count = spec.timesteps or 1
+        self.register_buffer("scale", None if spec.dynamic else torch.full((count,), torch.nan))
+        self.register_buffer("zero_point", torch.zeros(count) if static_asymmetric else None)
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
-        """Fix the grid of a static quantizer to cover [low, high], each of one element.
+        """Fix the grid of a static quantizer to cover [low, high], each of one element, or of one for
+        each timestep.
 
         A range that is centred (by Outlier Suppression+) gets the steps of a symmetric grid: in those of an
         asymmetric one both its ends lie half way between two codes, where the last digit would decide.
         """
-        low, high = low.reshape(1), high.reshape(1)
+        count = self.spec.timesteps or 1
+        low, high = low.reshape(count), high.reshape(count)
         self.scale, self.zero_point = grid.scale_and_zero_point(low, high, self.spec)
-        if self.zero_point is not None and bool((low + high).abs() <= _CENTRED * self.scale):
-            symmetric = self.spec.model_copy(update={"symmetric": True})
-            self.scale, _ = grid.scale_and_zero_point(low, high, symmetric)
-            self.zero_point = torch.full_like(self.scale, self.spec.middle)
+        if self.zero_point is not None:
+            centred = (low + high).abs() <= _CENTRED * self.scale
+            symmetric, _ = grid.scale_and_zero_point(
+                low, high, self.spec.model_copy(update={"symmetric": True})
+            )
+            self.scale = torch.where(centred, symmetric, self.scale)
+            self.zero_point = torch.where(centred, self.spec.middle, self.zero_point)
+
+    def parameters_for(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point of a static quantizer for x, those of the current timestep where there is
+        one for each.
+
+        Raises:
+            ModelError: if there is one for each, and no timestep is known.
+        """
+        assert self.scale is not None
+        if self.spec.timesteps is None:
+            return self.scale, self.zero_point
+        moment = current()
+        scale = moment.of(self.scale)
+        if self.zero_point is None:
+            return along(scale, x), None
+        if moment.share is None:
+            return along(scale, x), along(moment.of(self.zero_point), x)
+        low = moment.of((self.spec.middle - self.zero_point) * self.scale)  # of the grid's middle
+        return along(scale, x), along(torch.round(self.spec.middle - low / scale), x)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., channels] rounded to the grid; NaN where a static quantizer was given no range."""
@@ -50,8 +77,7 @@ class FakeQuant(nn.Module):
         if self.spec.dynamic:
             scale, zero_point = grid.scale_and_zero_point(*grid.value_range(values, self.spec), self.spec)
         else:
-            assert self.scale is not None
-            scale, zero_point = self.scale, self.zero_point
+            scale, zero_point = self.parameters_for(x)
         return grid.fake_quantize(values, scale, zero_point, self.spec).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -134,13 +160,15 @@ class LearnedStep:
         assert quantizer.scale is not None
         self.quantizer = quantizer
         self._start = quantizer.scale.clone()
-        self._zero_point = quantizer.spec.middle if quantizer.zero_point is None else quantizer.zero_point
         self.variable = torch.zeros(1, requires_grad=True)
 
     def __call__(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """x on the grid; where the mask `keep` is False, x as it is."""
-        scale = self._start * self.variable.exp()
-        rounded: Tensor = _QuantizeStep.apply(x, scale, self._zero_point, self.quantizer.spec.levels, keep)  # type: ignore[no-untyped-call]
+        scale, zero_point = self.quantizer.parameters_for(x)
+        offset = self.quantizer.spec.middle if zero_point is None else zero_point
+        rounded: Tensor = _QuantizeStep.apply(  # type: ignore[no-untyped-call]
+            x, self.variable, scale, offset, self.quantizer.spec.levels, keep
+        )
         return rounded
 
     @torch.no_grad()
@@ -154,32 +182,35 @@ class LearnedStep:
 
 
 class _QuantizeStep(torch.autograd.Function):
-    """Quantize-dequantize with gradients for x and for the step (LSQ, eq. 3 and 5).
+    """Quantize-dequantize with gradients for x and for the logarithm v of the step (LSQ, eq. 3 and 5).
 
-    With y = s · (q − z), dy/ds is (y − x)/s where x is inside the grid and y/s where it is clipped.
+    With s = s₀ · exp(v) and y = s · (q − z), dy/dv is y − x where x is inside the grid and y where it is
+    clipped.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Any, levels: int, keep: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, variable: Tensor, start: Tensor, zero_point: Any, levels: int, keep: Any
+    ) -> Tensor:
+        scale = start * variable.exp()
         codes = (x / scale).add_(zero_point).round_()
         inside = codes.ge(0).logical_and_(codes.le(levels))
         values = codes.clamp_(0, levels).sub_(zero_point).mul_(scale)
         if keep is not None:
             values = values.sub_(x).mul_(keep).add_(x)
             inside.logical_or_(~keep)
-        ctx.save_for_backward(x, scale, values, inside)
+        ctx.save_for_backward(x, values, inside)
         return values
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (gradient,) = gradients
-        x, scale, values, inside = ctx.saved_tensors
+        x, values, inside = ctx.saved_tensors
         passed = gradient * inside
         step = None
         if ctx.needs_input_grad[1]:
-            total = _dot(gradient, values) - _dot(passed, x)
-            step = (total / scale).view_as(scale)
-        return passed, step, None, None, None
+            step = (_dot(gradient, values) - _dot(passed, x)).view(1)
+        return passed, step, None, None, None, None
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:

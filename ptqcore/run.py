@@ -34,6 +34,7 @@ from ptqcore.spans import SpanWalk
 from ptqcore.step import Step
 from ptqcore.store import Store, half_of_memory
 from ptqcore.task import Task
+from ptqcore.timesteps import Moment, at
 from ptqcore.version import __version__
 from ptqcore.walk import BlockIO, Walk
 
@@ -168,17 +169,21 @@ class _Run:
             }
             round_biases(layers, self.prepared.flow, quantizers)
             quantizers.attach(model)
+        if self.prepared.timesteps is not None and context.grids.by_timestep:
+            self.prepared.timesteps.attach(model)
 
     def _start_walk(self, quantizers: ActivationQuantizers, exact: bool) -> Walk:
         """Record what flows between the blocks; edges between them are calibrated on the way."""
         model, blocks, grids = self.prepared.model, self.prepared.blocks, self.prepared.context.grids
+        moments = self._moments()
 
         def calibrate(edge: Edge, tensors: list[Tensor]) -> TensorFunction:
             observer = self.plan.observer(grids.edges[edge])
-            for tensor in tensors:
-                observer.update(tensor)
+            for tensor, moment in zip(tensors, moments, strict=True):
+                with at(moment):
+                    observer.update(tensor)
             quantizers[edge].set_range(*observer.range())
-            self.record.activations.append(between_record(edge, quantizers[edge], tensors))
+            self.record.activations.append(between_record(edge, quantizers[edge], tensors, moments))
             return quantizers[edge].forward
 
         between = {
@@ -189,7 +194,15 @@ class _Run:
         forward = partial(self.task.forward, model)
         budget = self.plan.recipe.memory_gib
         size = half_of_memory() if budget is None else round(budget * 2**30)
-        return Walk(blocks, self.prepared.samples, forward, between, exact, Store(size, self.work))
+        store = Store(size, self.work)
+        return Walk(blocks, self.prepared.samples, forward, between, exact, store, moments)
+
+    def _moments(self) -> list[Moment | None]:
+        """The timestep that each calibration sample is of."""
+        samples, timesteps = self.prepared.samples, self.prepared.timesteps
+        if timesteps is None:
+            return [None] * len(samples)
+        return [timesteps.moment(self.task.timestep(sample)) for sample in samples]  # type: ignore[arg-type]
 
     def _quantize_block(
         self,

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Granularity = Literal["tensor", "channel", "group", "token"]
+Granularity = Literal["tensor", "channel", "group", "token", "timestep"]
 
 
 class QuantSpec(BaseModel):
@@ -17,8 +17,9 @@ class QuantSpec(BaseModel):
 
     `granularity` says how many scales a tensor has: one (`tensor`), one per row of a weight
     (`channel`), one per `group_size` neighbours of the last dimension (`group`; the last group may
-    be shorter), or one per vector along the last dimension (`token`). A `dynamic` spec takes its
-    ranges from the very tensor that is quantized; a static one from calibration.
+    be shorter), or one per vector along the last dimension (`token`). Activations of a denoiser may
+    have one for each of `timesteps` timesteps (`timestep`): steps set that, recipes do not. A `dynamic`
+    spec takes its ranges from the very tensor that is quantized; a static one from calibration.
 
     A symmetric integer grid has one step more below zero than above. `signed_scale` lets each scale
     be negative, which turns that step to the side of the largest value: finer steps for weights at
@@ -35,6 +36,7 @@ class QuantSpec(BaseModel):
     symmetric: bool = True
     granularity: Granularity = "tensor"
     group_size: int | None = Field(default=None, ge=1)
+    timesteps: int | None = Field(default=None, ge=1)
     dynamic: bool = False
     signed_scale: bool = False
     scale_dtype: Literal["float16", "bfloat16"] | None = None
@@ -55,6 +57,13 @@ class QuantSpec(BaseModel):
             raise ValueError(
                 f"group_size {self.group_size} with granularity {self.granularity}: "
                 "set granularity to group or remove group_size"
+            )
+        if (self.granularity == "timestep") != (self.timesteps is not None) or (
+            self.timesteps is not None and self.dynamic
+        ):
+            raise ValueError(
+                "granularity timestep without a number of timesteps, or with dynamic: a step like "
+                "ptq-diffusion's finite-set-calibration chooses it, set granularity to tensor"
             )
         if self.granularity == "token" and not self.dynamic:
             raise ValueError("granularity token without dynamic: tokens are only known at run time")
@@ -78,6 +87,7 @@ class QuantSpec(BaseModel):
     def __str__(self) -> str:
         number = f"int{self.bits}" if self.dtype == "int" else f"fp8-{self.dtype}"
         scope = f"group {self.group_size}" if self.granularity == "group" else self.granularity
+        scope = f"{scope} ({self.timesteps})" if self.timesteps else scope
         sign = "" if self.symmetric else " asymmetric"
         sign += " signed scale" if self.signed_scale else ""
         sign += f" {self.scale_dtype} scale" if self.scale_dtype else ""

@@ -32,6 +32,8 @@ class Task(ABC):
     """Input → dimensions that may have any size, beside the batch → names of these sizes, for exports."""
     class_dimension: ClassVar[int] = 1
     """The dimension of an output along which the largest number is the model's choice."""
+    timestep_argument: ClassVar[str] = "timestep"
+    """The parameter of the model's `forward` that is given the timestep, where there is one."""
 
     def __init__(self, options: TaskOptions, seed: int, workspace: Path) -> None:
         """Args:
@@ -84,6 +86,11 @@ class Task(ABC):
 
         Padding must not, wherever it flows through layers with the sample's leading dimensions.
         """
+        return None
+
+    def timestep(self, sample: Any) -> float | None:
+        """The timestep that a calibration sample is of, as the model is given it; None if models of
+        this task have none."""
         return None
 
     def excluded(self, model: nn.Module) -> dict[str, str]:

@@ -26,6 +26,7 @@ from ptqcore.placement import Edge
 from ptqcore.progress import track
 from ptqcore.store import Store
 from ptqcore.tape import Node, Reference, Tape, TapeRecorder
+from ptqcore.timesteps import Moment, at
 
 
 @dataclass
@@ -34,17 +35,25 @@ class BlockIO:
 
     `functions` are applied to the tensors at the block's edges in every run: none at first, its
     quantizers once they have ranges. Each run hands the block fresh copies of what flows in, so that
-    a block may work in place.
+    a block may work in place. `moments`: the timestep that each sample is of, None where there is none.
     """
 
     block: Block
     tapes: list[Tape]
     nodes: list[Node]
     store: Store
+    moments: Sequence[Moment | None]
     functions: Mapping[Edge, TensorFunction] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.tapes)
+
+    def moment(self, samples: Sequence[int]) -> Moment | None:
+        """The timesteps that the rows of a batch of samples are of."""
+        found = [moment for sample in samples if (moment := self.moments[sample]) is not None]
+        if len(samples) == 1 or not found:
+            return found[0] if found else None
+        return Moment.join(found, [(self._size(sample) or (1,))[0] for sample in samples])
 
     def run(self, exact: bool = False) -> Iterator[Any]:
         """Run the block as it now is on every sample, without gradients; yield its outputs.
@@ -59,7 +68,8 @@ class BlockIO:
     def run_sample(self, sample: int, exact: bool = False) -> Any:
         """The output of the block as it now is for one sample, without gradients."""
         args, kwargs = self.tapes[sample].arguments(self.nodes[sample], exact, copy=True)
-        with edges.applying(self.block.module, self.block.path, self.functions):
+        applying = edges.applying(self.block.module, self.block.path, self.functions)
+        with at(self.moments[sample]), applying:
             return self.block.module(*args, **kwargs)
 
     def compute(self, sample: int, parameters: Mapping[str, Tensor], exact: bool = False) -> Any:
@@ -68,7 +78,8 @@ class BlockIO:
         args, kwargs = self.tapes[sample].arguments(self.nodes[sample], exact, copy=True)
         start = len(self.block.path) + 1 if self.block.path else 0
         named = {path[start:]: value for path, value in parameters.items()}
-        with edges.applying(self.block.module, self.block.path, self.functions):
+        applying = edges.applying(self.block.module, self.block.path, self.functions)
+        with at(self.moments[sample]), applying:
             return functional_call(self.block.module, named, args, kwargs)
 
     def run_tensors(self, exact: bool = False) -> list[list[Tensor]]:
@@ -161,6 +172,7 @@ class Walk:
         between: Mapping[Edge, Calibrate] | None = None,
         exact: bool = False,
         store: Store | None = None,
+        moments: Sequence[Moment | None] | None = None,
     ) -> None:
         """Record the tapes.
 
@@ -172,10 +184,12 @@ class Walk:
                 returns what is to be done to each of them.
             exact: whether to keep the stream of the full-precision model too.
             store: keeps what flows; by default memory does.
+            moments: the timestep that each sample is of, where models have such.
         """
         self.blocks = blocks
         self._store = store or Store(sys.maxsize, Path())
         self.exact = exact
+        self._moments = moments or [None] * len(samples)
         between = between or {}
         self._between: Mapping[Site, list[tuple[Edge, Calibrate]]] = edges.by_site(between)  # type: ignore[arg-type, assignment]
         self._tapes = self._capture_all(samples, forward, between)
@@ -188,7 +202,7 @@ class Walk:
         while self._done < len(self.blocks):
             self._run_between()
             nodes = [tape.nodes[self._position] for tape in self._tapes]
-            yield BlockIO(self.blocks[self._done], self._tapes, nodes, self._store)
+            yield BlockIO(self.blocks[self._done], self._tapes, nodes, self._store, self._moments)
 
     def hold(self) -> None:
         """Keep what flows from here on, so that the walk can come back: `chain` and `rewind`."""
@@ -216,7 +230,8 @@ class Walk:
         for node in tape.nodes[self._held.position : self._position]:
             args, kwargs = tape.arguments(node, copy=node.function is None, stream=stream)
             function = node.function or self.blocks[self._block_at(tape, node)].module
-            outputs = tensors_in(function(*args, **kwargs))
+            with at(self._moments[sample]):
+                outputs = tensors_in(function(*args, **kwargs))
             stream.update(zip(node.outputs, outputs, strict=True))
         return outputs
 
@@ -266,16 +281,18 @@ class Walk:
             for edge, calibrate in actions
             if edge.side == "input"
         ]
-        results = [
-            edges.call(node.function, each[0], each[1], inputs)  # type: ignore[arg-type]
-            for node, each in zip(nodes, given, strict=True)
-        ]
+        results = []
+        for node, each, moment in zip(nodes, given, self._moments, strict=True):
+            with at(moment):
+                results.append(edges.call(node.function, each[0], each[1], inputs))  # type: ignore[arg-type]
         for edge, calibrate in actions:
             if edge.side == "output":
                 calls = list(zip(results, given, strict=True))
                 made = [edges.output_tensors(*each)[edge.index] for each in calls]
                 action = {edge.index: calibrate(edge, made)}
-                results = [edges.change_outputs(*each, action) for each in calls]
+                for sample, (each, moment) in enumerate(zip(calls, self._moments, strict=True)):
+                    with at(moment):
+                        results[sample] = edges.change_outputs(*each, action)
         return results
 
     def _capture_all(
@@ -285,22 +302,27 @@ class Walk:
         seen: dict[Edge, list[Tensor]] = {edge: [] for edge in between}
         early = {edge: partial(_note, tensors) for edge, tensors in seen.items()}
         tapes = [
-            self._capture(sample, forward, early) for sample in track(samples, "capturing block inputs")
+            self._capture(number, samples, forward, early)
+            for number in track(range(len(samples)), "capturing block inputs")
         ]
         rounding = {edge: between[edge](edge, tensors) for edge, tensors in seen.items() if tensors}
         if not rounding:
             return tapes
-        rounded = [self._capture(sample, forward, rounding) for sample in samples]
+        rounded = [self._capture(number, samples, forward, rounding) for number in range(len(samples))]
         for tape, plain in zip(rounded, tapes, strict=True):
             tape.exact = plain.exact
         return rounded
 
     def _capture(
-        self, sample: Any, forward: Callable[[Any], object], early: Mapping[Edge, TensorFunction]
+        self,
+        number: int,
+        samples: Sequence[Any],
+        forward: Callable[[Any], object],
+        early: Mapping[Edge, TensorFunction],
     ) -> Tape:
         recorder = TapeRecorder(self.blocks, self.exact, self._store, early)
-        with torch.no_grad():
-            recorder.record(lambda: forward(sample))
+        with torch.no_grad(), at(self._moments[number]):
+            recorder.record(lambda: forward(samples[number]))
         return recorder.tape
 
     def _check(self) -> None:

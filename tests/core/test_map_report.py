@@ -223,7 +223,7 @@ def test_clipped_values_are_counted_while_they_are_rounded():
     (record,) = counted.records("block")
     assert (record.name, record.block, record.clipped) == (str(EDGE), "block", 3 / 8)
     assert record.scale == pytest.approx(3 / 255)
-    assert between_record(EDGE, made, [x, x[:4]]).clipped == 4 / 12
+    assert between_record(EDGE, made, [x, x[:4]], [None, None]).clipped == 4 / 12
 
 
 def test_an_edge_that_was_not_reached_has_no_record():

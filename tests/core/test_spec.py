@@ -53,7 +53,7 @@ def test_valid_combinations_keep_their_fields(fields):
         ({"bits": 9}, "less than or equal to 8"),
         ({"bits": 4.5}, "valid integer"),
         ({"dtype": "int8"}, "'int', 'e4m3' or 'e5m2'"),
-        ({"granularity": "row"}, "'tensor', 'channel', 'group' or 'token'"),
+        ({"granularity": "row"}, "'tensor', 'channel', 'group', 'token' or 'timestep'"),
         ({"dtype": "e4m3", "bits": 4}, "bits 4 with dtype e4m3"),
         ({"dtype": "e5m2", "bits": 7}, "bits 7 with dtype e5m2"),
         ({"dtype": "e4m3", "symmetric": False}, "symmetric false with dtype e4m3"),
