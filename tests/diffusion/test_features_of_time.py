@@ -5,19 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_denoisers import CALLS, STYLES, build, call_of, rand, traced
+from tiny_denoisers import CALLS, STYLES, build, call_of, find, rand
 from torch import Tensor, nn
 
 from ptq_diffusion.calls import DenoiserCall
 from ptq_diffusion.features_of_time import TimePath, temporal_features
-from ptq_diffusion.temporal import TemporalMap, find_temporal
 from ptqcore import ModelError
 
 _TIMES = torch.tensor([999, 0, 500, 1, 20, 20, 731])
-
-
-def find(model: nn.Module, call: DenoiserCall) -> TemporalMap:
-    return find_temporal(model, traced(model, call), call)
 
 
 def hooked(model: nn.Module, call: DenoiserCall, layers: tuple[str, ...]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq_diffusion.calls import DenoiserCall
+from ptq_diffusion.temporal import TemporalMap, find_temporal
 from ptqcore.dataflow import Dataflow, trace
 
 ROWS = 2
@@ -232,3 +233,8 @@ def call_of(style: str, model: nn.Module) -> DenoiserCall:
 def traced(model: nn.Module, call: DenoiserCall) -> Dataflow:
     """The dataflow map of a call."""
     return trace(model, lambda: call.run(model))
+
+
+def find(model: nn.Module, call: DenoiserCall) -> TemporalMap:
+    """The temporal map of a denoiser."""
+    return find_temporal(model, traced(model, call), call)
