@@ -78,6 +78,15 @@ def test_a_pipeline_that_draws_what_words_say(tmp_path):
     assert same(loaded.pipeline.vae, tiny.vae())
 
 
+def test_a_denoiser_that_its_pipeline_can_do_without(tmp_path):
+    """Of Wan's two networks either may be left out; the other is the one that is sampled with."""
+    tiny.text_to_video().save_pretrained(tmp_path)
+    loaded = load(str(tmp_path))
+    assert loaded.component == "transformer"
+    assert loaded.pipeline.transformer is loaded.denoiser
+    assert loaded.pipeline.transformer_2 is None
+
+
 def test_a_scheduler_by_name_replaces_that_of_a_pipeline(folder):
     loaded = load(str(folder), "EulerDiscreteScheduler")
     assert type(loaded.scheduler) is EulerDiscreteScheduler
@@ -211,6 +220,14 @@ def test_pickled_weights_beside_safetensors_are_ignored(folder, tmp_path, monkey
     (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
     assert type(load(str(folder)).denoiser) is UNet2DModel
     assert not (tmp_path / "sprung").exists()
+
+
+def test_pickled_weights_are_not_read_where_the_safetensors_are_others(folder):
+    weights = folder / "unet" / WEIGHTS
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.rename(folder / "unet" / "others.safetensors")
+    assert "cannot be loaded" in fails(folder)
+    assert "cannot be loaded" in fails(folder / "unet", "DDIMScheduler")
 
 
 def test_pickled_weights_of_other_components(tmp_path):

@@ -17,8 +17,8 @@ SCHEDULES = {
     "ddim leading": ("DDIMScheduler", {}),
     "ddim trailing": ("DDIMScheduler", {"timestep_spacing": "trailing"}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True, "steps_offset": 1}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "euler karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    "heun": ("HeunDiscreteScheduler", {"timestep_spacing": "linspace"}),
+    "euler karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True, "timestep_spacing": "linspace"}),
     "dpm-solver": ("DPMSolverMultistepScheduler", {}),
     "flow matching": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
     "lcm": ("LCMScheduler", {}),
@@ -123,6 +123,12 @@ def test_another_scheduler_takes_over_what_both_know():
     assert changed.scheduler.config.use_karras_sigmas
     assert changed.scheduler.config.beta_end == 0.03
     assert type(loaded.scheduler) is type(loaded.pipeline.scheduler) is DDIMScheduler
+
+
+def test_a_default_of_one_scheduler_is_not_given_up_for_that_of_another():
+    loaded = Loaded(tiny.unet(), "denoiser", DDIMScheduler())
+    assert diffusers.HeunDiscreteScheduler().config.beta_end == 0.012
+    assert set_scheduler(loaded, "HeunDiscreteScheduler").scheduler.config.beta_end == 0.02
 
 
 def test_schedulers_and_settings_that_do_not_exist():

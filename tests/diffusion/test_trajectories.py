@@ -300,6 +300,19 @@ def test_rows_of_images_in_nested_values_and_lists():
     assert all(equal(values[name], expected[name]) for name in expected)
 
 
+def test_what_is_kept_does_not_change_with_the_call():
+    def made(images):
+        return call(
+            x=torch.ones(images, 2), t=torch.tensor(3.0), table=torch.ones(5), each=[torch.ones(1)] * images
+        )
+
+    layout, whole = CallLayout.of(made(1), made(2)), made(3)
+    (kept,) = layout.take(whole, [1], 3)
+    for tensor in (whole.values["x"], whole.values["t"], whole.values["table"], *whole.values["each"]):
+        tensor.zero_()
+    assert equal(kept, dict(made(1).values))
+
+
 def test_calls_that_cannot_be_split_into_images():
     one, two = torch.zeros(1, 3), torch.zeros(2, 3)
     with pytest.raises(ModelError, match=r"3 parts as 'more.ids' for one image, but 4 for two"):

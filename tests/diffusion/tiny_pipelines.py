@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     DDIMPipeline,
     DDIMScheduler,
     DiTPipeline,
@@ -15,6 +16,9 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from tokenizers import pre_tokenizers
 from transformers import (
@@ -138,8 +142,8 @@ def text_to_image() -> StableDiffusionPipeline:
     )
 
 
-def flow() -> FluxPipeline:
-    """Flow matching with a schedule shifted by the size of the image; the network is told the guidance."""
+def t5() -> tuple[T5EncoderModel, T5TokenizerFast]:
+    """Every byte is a token."""
     words = [
         ("<pad>", 0.0),
         ("</s>", 0.0),
@@ -151,6 +155,13 @@ def flow() -> FluxPipeline:
     encoder = T5EncoderModel(
         T5Config(vocab_size=len(words), d_model=WIDTH, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     ).eval()
+    return encoder, T5TokenizerFast(vocab=words, extra_ids=0)
+
+
+def flow() -> FluxPipeline:
+    """Flow matching with a schedule shifted by the size of the image; the network is told the guidance."""
+    encoder, tokenizer = t5()
+    torch.manual_seed(0)
     denoiser = FluxTransformer2DModel(
         patch_size=1,
         in_channels=16,
@@ -169,6 +180,35 @@ def flow() -> FluxPipeline:
         clip_text_model(),
         clip_tokenizer(),
         encoder,
-        T5TokenizerFast(vocab=words, extra_ids=0),
+        tokenizer,
         denoiser,
     )
+
+
+def text_to_video() -> WanPipeline:
+    """Of 81 frames; guided in two calls of the denoiser."""
+    encoder, tokenizer = t5()
+    torch.manual_seed(0)
+    denoiser = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        text_dim=WIDTH,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=1,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    ).eval()
+    frames = AutoencoderKLWan(
+        base_dim=3,
+        z_dim=16,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+    ).eval()
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    return WanPipeline(tokenizer, encoder, frames, scheduler, denoiser)

@@ -34,8 +34,10 @@ def make_scheduler(name: str, base: Mapping[str, Any], config: Mapping[str, Any]
     for key in config:
         if key not in settings:
             raise RecipeError(f"{name} has no setting {key!r}{_nearest(key, settings)}")
+    # diffusers would give defaults of the other scheduler up for those of this one
+    given = {key: value for key, value in base.items() if key != "_use_default_values"}
     try:
-        return kind.from_config(dict(base), **config)
+        return kind.from_config(given, **config)
     except Exception as error:
         raise ModelError(f"task.scheduler {name!r} cannot be made: {line_of(error)}") from error
 
