@@ -7,6 +7,7 @@ from ptqcore.version import __version__
 
 if TYPE_CHECKING:
     from ptqcore import grid as grid
+    from ptqcore.artifact import Structure as Structure
     from ptqcore.artifact import load as load
     from ptqcore.attachments import Attachment as Attachment
     from ptqcore.attachments import attach as attach
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from ptqcore.dataflow import Dataflow as Dataflow
     from ptqcore.dataflow import Op as Op
     from ptqcore.dataflow import tensors_in as tensors_in
+    from ptqcore.dataflow import trace as trace
     from ptqcore.errors import ArtifactError as ArtifactError
     from ptqcore.errors import DataError as DataError
     from ptqcore.errors import ExportError as ExportError
@@ -48,9 +50,13 @@ if TYPE_CHECKING:
     from ptqcore.progress import say as say
     from ptqcore.progress import track as track
     from ptqcore.quantizers import FakeQuant as FakeQuant
+    from ptqcore.quantizers import LearnedRounding as LearnedRounding
     from ptqcore.recipe import QuantSection as QuantSection
     from ptqcore.recipe import Recipe as Recipe
     from ptqcore.recipe import TensorQuant as TensorQuant
+    from ptqcore.reconstruction import Problem as Problem
+    from ptqcore.reconstruction import Schedule as Schedule
+    from ptqcore.reconstruction import reconstruct as reconstruct
     from ptqcore.report.record import EngineRecord as EngineRecord
     from ptqcore.report.record import Verification as Verification
     from ptqcore.report.table_page import BarChart as BarChart
@@ -65,11 +71,20 @@ if TYPE_CHECKING:
     from ptqcore.step import check_globs as check_globs
     from ptqcore.task import Task as Task
     from ptqcore.task import TaskOptions as TaskOptions
+    from ptqcore.timesteps import Timesteps as Timesteps
+    from ptqcore.timesteps import timesteps_of as timesteps_of
     from ptqcore.walk import BlockIO as BlockIO
 
 _HOME = {
     "Op": "dataflow",
     "tensors_in": "dataflow",
+    "trace": "dataflow",
+    "LearnedRounding": "quantizers",
+    "Problem": "reconstruction",
+    "Schedule": "reconstruction",
+    "reconstruct": "reconstruction",
+    "Timesteps": "timesteps",
+    "timesteps_of": "timesteps",
     "relative_difference": "folding",
     "Attachment": "attachments",
     "Chain": "step",
@@ -79,6 +94,7 @@ _HOME = {
     "weight_rows": "modules",
     "say": "progress",
     "load": "artifact",
+    "Structure": "artifact",
     "Block": "blocks",
     "BlockIO": "walk",
     "ArtifactError": "errors",

@@ -91,21 +91,57 @@ class TimestepsEntry(BaseModel):
     unseen: Unseen
 
 
-class Manifest(BaseModel):
-    """What `manifest.json` holds. `tied` maps a tensor's name to the stored one it is the same as,
-    `folded` a batch norm to the layer that it was folded into."""
+class Structure(BaseModel):
+    """What makes a model of its kind a quantized one, apart from tensors; JSON. `folded` maps a batch norm
+    to the layer that it was folded into."""
 
     model_config = ConfigDict(extra="forbid")
 
-    format: int = FORMAT
-    core: str
-    plugin: str
-    task: str
     layers: dict[str, LayerEntry]
     edges: list[EdgeEntry] = []
     attachments: list[AttachmentEntry] = []
     timesteps: TimestepsEntry | None = None
     folded: dict[str, str] = {}
+
+    @classmethod
+    def of(cls, model: nn.Module, folded: dict[str, str] | None = None) -> "Structure":
+        """That of a quantized model."""
+        timesteps = timesteps_of(model)
+        return cls(
+            layers=describe_layers(model),
+            edges=describe_edges(model),
+            attachments=describe_attachments(model),
+            timesteps=None if timesteps is None else TimestepsEntry(**timesteps.settings()),
+            folded=folded or {},
+        )
+
+    def build(self, model: nn.Module, find: FindAttachment | None = None) -> None:
+        """Make a float model of the same kind such a quantized one, its new tensors still empty.
+
+        Args:
+            model: changed in place.
+            find: the class of an attachment by its name; by default the installed plugins are asked.
+
+        Raises:
+            ArtifactError: if the model has not the layers that are described.
+            PluginError: if a plugin whose attachments it has is not installed.
+        """
+        _build_folded(model, self.folded)
+        build_layers(model, self.layers)
+        build_attachments(model, self.attachments, find or discover().attachment)
+        if self.edges:
+            ActivationQuantizers({entry.edge: entry.spec for entry in self.edges}).attach(model)
+        if self.timesteps is not None:
+            Timesteps(**self.timesteps.model_dump()).attach(model)
+
+
+class Manifest(Structure):
+    """What `manifest.json` holds. `tied` maps a tensor's name to the stored one it is the same as."""
+
+    format: int = FORMAT
+    core: str
+    plugin: str
+    task: str
     tied: dict[str, str]
     sha256: str
 
@@ -198,18 +234,13 @@ def save(
     """
     tensors, tied = unique_tensors(model)
     files.write_tensors(folder / MODEL_FILE, tensors)
-    timesteps = timesteps_of(model)
     manifest = Manifest(
         core=core,
         plugin=plugin,
         task=task,
-        layers=describe_layers(model),
-        edges=describe_edges(model),
-        attachments=describe_attachments(model),
-        timesteps=None if timesteps is None else TimestepsEntry(**timesteps.settings()),
-        folded=folded or {},
         tied=tied,
         sha256=files.digest(folder / MODEL_FILE),
+        **Structure.of(model, folded).model_dump(),
     )
     files.write_text(folder / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
 
@@ -262,13 +293,7 @@ def restore(
     """
     manifest = read_manifest(folder)
     model = build(manifest)
-    _build_folded(model, manifest.folded)
-    build_layers(model, manifest.layers)
-    build_attachments(model, manifest.attachments, find or discover().attachment)
-    if manifest.edges:
-        ActivationQuantizers({entry.edge: entry.spec for entry in manifest.edges}).attach(model)
-    if manifest.timesteps is not None:
-        Timesteps(**manifest.timesteps.model_dump()).attach(model)
+    manifest.build(model, find)
     try:
         state = load_file(folder / MODEL_FILE)
     except (OSError, SafetensorError) as error:

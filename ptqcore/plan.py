@@ -109,7 +109,7 @@ def _check_order(steps: list[type[Step]]) -> None:
                 f"recipe key 'steps': {after.name} ({_DOES[order[places[1]]]}) behind {before.name} "
                 f"({_DOES[order[places[0]]]}) makes no sense: put it before"
             )
-        if before.stage == after.stage == "quantize":
+        if before.stage == after.stage == "quantize" and not before.partial:
             raise RecipeError(
                 f"recipe key 'steps': {before.name} and {after.name} both quantize the weights: keep one"
             )

@@ -89,7 +89,7 @@ def timesteps_of_samples(task: Task, samples: Sequence[Any]) -> Timesteps | None
         return None
     if len(known) < len(found):
         raise ModelError("some calibration samples have a timestep and others have none")
-    return Timesteps.of(known, task.timestep_argument)
+    return Timesteps.of(known, task.timestep_argument, task.unseen_timesteps)
 
 
 def check_exports(plan: Plan, prepared: Prepared, steps: Sequence[Step]) -> None:

@@ -98,6 +98,8 @@ class Step:
     Options: ClassVar[type[StepOptions]] = StepOptions
     stage: ClassVar[Stage | None] = None
     """What the step does, by which recipes are checked; None for steps that go anywhere."""
+    partial: ClassVar[bool] = False
+    """Whether a step that quantizes leaves layers to the next one."""
     data_free: ClassVar[bool] = False
     """Whether the step needs no calibration samples."""
     needs_exact: bool = False

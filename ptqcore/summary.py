@@ -32,7 +32,7 @@ def summarize(record: RunRecord, folder: Path) -> str:
 
 
 def _row(name: str, text: str) -> str:
-    return f"  {name:<16}{text}"
+    return f"  {name:<15} {text}"
 
 
 def _size(count: int) -> str:

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from ptqcore.timesteps import Unseen
+
 
 class TaskOptions(BaseModel):
     """The `task` section of a recipe without `kind`; subclasses add fields, unknown keys are refused."""
@@ -34,6 +36,8 @@ class Task(ABC):
     """The dimension of an output along which the largest number is the model's choice."""
     timestep_argument: ClassVar[str] = "timestep"
     """The parameter of the model's `forward` that is given the timestep, where there is one."""
+    unseen_timesteps: Unseen = "nearest"
+    """What the deployed model does about timesteps that the calibration samples are not of."""
 
     def __init__(self, options: TaskOptions, seed: int, workspace: Path) -> None:
         """Args:

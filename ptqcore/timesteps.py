@@ -151,6 +151,16 @@ class Timesteps(nn.Module):
         share = ((wanted - below) / (above - below)).nan_to_num(0.0).clamp(0, 1)
         return Moment(lower, upper, share)
 
+    @contextmanager
+    def during(self, timestep: Tensor | float) -> Iterator[None]:
+        """Compute parts of the model on their own, at this timestep or those of a batch's rows [batch].
+
+        Raises:
+            ModelError: as of `moment`.
+        """
+        with at(self.moment(timestep)):
+            yield
+
     def attach(self, model: nn.Module) -> None:
         """Look up the timestep at every call of the model.
 

@@ -1,6 +1,7 @@
 """The temporal features of any list of timesteps, computed without the rest of the denoiser."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from ptq_diffusion.calls import DenoiserCall, other_times
 from ptq_diffusion.recording import Recording, record
 from ptq_diffusion.temporal import TemporalMap
-from ptqcore import ModelError, relative_difference
+from ptqcore import ModelError, relative_difference, timesteps_of
 
 _SAME = 1e-5
 
@@ -53,17 +54,32 @@ class TimePath:
         layers = temporal.block + temporal.layers("constant")
         self._recording = record(model, self._call, layers, self.features)
         self._check(self._call, self._recording)
-        other = self._call.with_timestep(other_times(time, 0))
+        other = self._call.with_timestep(self._another(time))
         self._check(other, record(model, other, layers, self.features))
 
     def __call__(self, timesteps: Sequence[float] | Tensor) -> dict[str, Tensor]:
         """path → features [T, channels] of timesteps [T]."""
         found: dict[str, list[Tensor]] = {path: [] for path in self.features}
         for part in torch.as_tensor(timesteps).split(self._rows):
-            outputs = self._recording.replay(self.model, self._time(part))
+            outputs = self._replay(self._time(part))
             for path in self.features:
                 found[path].append(self._one_each(path, outputs[path])[: len(part)])
         return {path: torch.cat(parts) for path, parts in found.items()}
+
+    def _another(self, time: Tensor) -> Tensor:
+        """Another time of every row; one that is known, where the denoiser knows some."""
+        known = timesteps_of(self.model)
+        if known is None or len(known.values) < 2:
+            return other_times(time, 0)
+        at = torch.searchsorted(known.values, time.float().contiguous())
+        return known.values[(at + 1) % len(known.values)].to(time.dtype)
+
+    def _replay(self, time: Tensor) -> dict[str, Tensor]:
+        """The features at a time; activations with a range for each timestep get theirs."""
+        known = timesteps_of(self.model)
+        of_rows = time if time.ndim < 2 else time[:, 0]
+        with nullcontext() if known is None else known.during(of_rows):
+            return self._recording.replay(self.model, time)
 
     def _time(self, part: Tensor) -> Tensor:
         """The tensor that the denoiser is given as the time; a part that is too short is filled up."""
@@ -88,7 +104,7 @@ class TimePath:
     def _check(self, call: DenoiserCall, whole: Recording) -> None:
         """What is computed alone is what the whole denoiser computes."""
         with torch.no_grad():
-            alone = self._recording.replay(self.model, call.times)
+            alone = self._replay(call.times)
         for path in self.features:
             one, other = whole.values.get(path), alone.get(path)
             if one is None or other is None or not relative_difference([one], [other]) < _SAME:

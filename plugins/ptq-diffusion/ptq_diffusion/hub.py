@@ -1,0 +1,99 @@
+"""Quantized denoisers in diffusers' own folders, as a quantization method of diffusers.
+
+diffusers knows its methods by two dictionaries and has no way to register others: this module adds to
+them, so that `DiffusionPipeline.from_pretrained` restores a pipeline once `ptq_diffusion` was imported.
+"""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import nn
+
+from ptqcore import ModelError, PtqError, Structure
+
+
+class Method(StrEnum):
+    """The name of the method in a denoiser's `config.json`; diffusers asks it for its `value`."""
+
+    PTQCORE = "ptqcore"
+
+
+class PtqConfig(QuantizationConfigMixin):
+    """`quantization_config` of a denoiser: the structure that its tensors have (`ptqcore.Structure`)."""
+
+    def __init__(self, structure: dict[str, Any], **_: Any) -> None:
+        self.quant_method = Method.PTQCORE
+        self.structure = structure
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {"quant_method": Method.PTQCORE.value, "structure": self.structure}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The same: there are no defaults to leave out."""
+        return self.to_dict()
+
+
+class PtqQuantizer(DiffusersQuantizer):
+    """Gives a denoiser the structure that its `config.json` describes, before its tensors are loaded."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        Structure.model_validate(self.quantization_config.structure).build(model)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        model.eval()
+        return model
+
+    @property
+    def is_serializable(self) -> bool:
+        """Whether a loaded model can be saved again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether it can be trained: integers have no gradients."""
+        return False
+
+
+def load_pipeline(folder: str | Path) -> Any:
+    """The pipeline in a folder that the export `diffusers` has written, from local files only.
+
+    Raises:
+        ModelError: if there is no such pipeline, or it cannot be loaded.
+    """
+    import diffusers  # while it is being imported itself, this module is loaded
+
+    kind: Any = diffusers.DiffusionPipeline
+    try:
+        return kind.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+    except PtqError:
+        raise
+    except Exception as error:
+        line = str(error).strip().splitlines()
+        raise ModelError(
+            f"{str(folder)!r} holds no pipeline that diffusers can load: {line[0] if line else error!r}"
+        ) from error
+
+
+def load_denoiser(folder: str | Path, kind: Any) -> nn.Module:
+    """A denoiser of a class of diffusers, from its own folder."""
+    model: nn.Module = kind.from_pretrained(
+        str(folder), local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
+    )
+    return model.eval()
+
+
+def describe(model: Any, folded: dict[str, str] | None = None) -> PtqConfig:
+    """The configuration of a quantized denoiser."""
+    return PtqConfig(Structure.of(model, folded).model_dump(mode="json"))
+
+
+auto.AUTO_QUANTIZER_MAPPING[Method.PTQCORE.value] = PtqQuantizer
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.PTQCORE.value] = PtqConfig

@@ -1,0 +1,107 @@
+"""How a quantized denoiser is judged: by its temporal features, its trajectories and its images."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from ptq_diffusion.calls import DenoiserCall
+from ptq_diffusion.classifier import Classifier, load_classifier
+from ptq_diffusion.drawing import SamplingOptions
+from ptq_diffusion.features_of_time import temporal_features
+from ptq_diffusion.frechet import frechet_distance
+from ptq_diffusion.image_metrics import compare
+from ptq_diffusion.pipelines import Loaded
+from ptq_diffusion.sampling import Samples, sample
+from ptq_diffusion.schedules import timesteps_of
+from ptq_diffusion.temporal import TemporalMap
+
+
+class Judge:
+    """Compares denoisers with the first one measured, the full-precision model, on the same seeds.
+
+    temporal_error: mean of 1 − cos over temporal features and timesteps, 0 where there are none.
+    temporal_mismatch: share of (feature, timestep) whose nearest full-precision feature, by cosine, is
+    that of another timestep. trajectory_error: mean squared difference of the states half-way through the
+    schedule, relative to their mean square. image_error: mean squared difference of the images.
+    image_psnr, image_ssim, image_feature_distance: means over pairs of images (see `image_metrics`).
+    frechet_distance: between both sets of images, on the features of the embedded classifier of digits.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        options: SamplingOptions,
+        seeds: Sequence[int],
+        call: DenoiserCall,
+        temporal: TemporalMap,
+    ) -> None:
+        """Args:
+        loaded: the pipeline.
+        options: how images are made.
+        seeds: of the images.
+        call: an example call of the denoiser.
+        temporal: the map of the full-precision denoiser.
+        """
+        self._loaded, self._options, self._seeds = loaded, options, seeds
+        self._call, self._temporal = call, temporal
+        self._timesteps = torch.unique(timesteps_of(loaded, options))
+        self._reference: Samples | None = None
+        self._features: dict[str, Tensor] = {}
+
+    def measure(self, denoiser: nn.Module) -> dict[str, float]:
+        """The figures of a denoiser; those of the first are perfect."""
+        made = sample(self._loaded.with_denoiser(denoiser), self._options, self._seeds, "making images")
+        features = self.features(denoiser)
+        if self._reference is None:
+            self._reference, self._features = made, features
+        first = self._reference
+        half = (len(first.states) - 1) // 2
+        images = compare(made.images, first.images, self._classifier)
+        return {
+            "temporal_error": temporal_error(features, self._features),
+            "temporal_mismatch": mismatch(features, self._features),
+            "trajectory_error": relative_error(made.states[half], first.states[half]),
+            "image_error": float((made.images - first.images).square().mean()),
+            "image_psnr": images["psnr"],
+            "image_ssim": images["ssim"],
+            "image_feature_distance": images["feature_distance"],
+            "frechet_distance": frechet_distance(
+                self._classifier.features(made.images), self._classifier.features(first.images)
+            ),
+        }
+
+    def features(self, denoiser: nn.Module) -> dict[str, Tensor]:
+        """The temporal features of the schedule: path → [timesteps, channels]."""
+        if not self._temporal.features:
+            return {}
+        return temporal_features(denoiser, self._call, self._temporal, self._timesteps)
+
+    @cached_property
+    def _classifier(self) -> Classifier:
+        return load_classifier()
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Σ (found − expected)² / Σ expected²."""
+    return float((found - expected).square().sum() / expected.square().sum())
+
+
+def temporal_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Mean of 1 − cos over features and timesteps."""
+    cosines = [
+        nn.functional.cosine_similarity(found[path].double(), expected[path].double()) for path in expected
+    ]
+    return float(1 - torch.cat(cosines).mean()) if cosines else 0.0
+
+
+def mismatch(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Share of features at timesteps that are nearest, by cosine, to the expected one of another."""
+    wrong, count = 0, 0
+    for path, features in expected.items():
+        unit = nn.functional.normalize(features.double())
+        nearest = (nn.functional.normalize(found[path].double()) @ unit.T).argmax(1)
+        wrong += int((nearest != torch.arange(len(features))).sum())
+        count += len(features)
+    return wrong / count if count else 0.0
