@@ -57,6 +57,8 @@ if TYPE_CHECKING:
     from ptqcore.reconstruction import Problem as Problem
     from ptqcore.reconstruction import Schedule as Schedule
     from ptqcore.reconstruction import reconstruct as reconstruct
+    from ptqcore.report.figures import Curves as Curves
+    from ptqcore.report.figures import Pictures as Pictures
     from ptqcore.report.record import EngineRecord as EngineRecord
     from ptqcore.report.record import Verification as Verification
     from ptqcore.report.table_page import BarChart as BarChart
@@ -125,6 +127,8 @@ _HOME = {
     "QuantSection": "recipe",
     "Recipe": "recipe",
     "TensorQuant": "recipe",
+    "Curves": "report.figures",
+    "Pictures": "report.figures",
     "EngineRecord": "report.record",
     "Verification": "report.record",
     "quantize": "run",

@@ -249,6 +249,7 @@ class _Run:
         staging = files.folder(self.work / "artifact", empty=True)
         with self.phase("metrics after"):
             record.after = self.task.evaluate(model)
+            record.figures = self.task.figures()
         with self.phase("save and load back"):
             self._save(model, staging)
         with self.phase("export and read back"):

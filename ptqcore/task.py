@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from ptqcore.report.figures import Curves, Pictures
 from ptqcore.timesteps import Unseen
 
 
@@ -69,6 +70,11 @@ class Task(ABC):
         The first call of a run is with the full-precision model: figures that compare (agreement,
         divergence) take its outputs as reference, and are perfect in that call.
         """
+
+    def figures(self) -> Sequence[Curves | Pictures]:
+        """What can be looked at of the results, for the report; called once, after the last `evaluate`,
+        so of the quantized model. The same for the same recipe."""
+        return ()
 
     @abstractmethod
     def save_assets(self, folder: Path) -> None:

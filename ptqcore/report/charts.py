@@ -66,14 +66,18 @@ class Axis:
         return kept
 
 
+def round_step(rough: float, factors: Sequence[float] = (1, 2, 2.5, 5, 10)) -> float:
+    """The smallest step of a power of ten and one of the factors that is not below `rough`."""
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(power * factor for factor in factors if power * factor >= rough * 0.999)
+
+
 def linear_axis(values: Sequence[float]) -> Axis:
     """An even axis that includes zero and ends at round numbers."""
     low, high = min(0.0, *values, 0.0), max(0.0, *values, 0.0)
     if low == high:
         high = 1.0
-    rough = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
+    step = round_step((high - low) / 5)
     first, last = math.floor(low / step), math.ceil(high / step)
     ticks = [step * index for index in range(first, last + 1)]
     return Axis(lambda value: value, step * first, step * last, ticks)
@@ -118,11 +122,11 @@ def bars(
     classes: a CSS class for each bar. marks: index → what to write under that slot where there is
     room; without it, the labels.
     """
-    drawn = [_drawable(value) for value in values]
+    drawn = [drawable(value) for value in values]
     axis = _bar_axis([value for value in drawn if value is not None])
     spans = [None if value is None else (axis.y(value), axis.y(0.0)) for value in drawn]
     figures = [f"{number(value)} {unit}".rstrip() for value in values]
-    return _chart(labels, figures, spans, axis, _named(title, unit, axis), classes, marks)
+    return _chart(labels, figures, spans, axis, named(title, unit, axis), classes, marks)
 
 
 def ranges(
@@ -139,10 +143,16 @@ def ranges(
     axis = _range_axis([pair for pair in drawn if pair is not None])
     spans = [None if pair is None else (axis.y(pair[0]), axis.y(pair[1])) for pair in drawn]
     figures = [f"{number(low)} … {number(high)} {unit}".rstrip() for low, high in values]
-    return _chart(labels, figures, spans, axis, _named(title, unit, axis), classes, marks)
+    return _chart(labels, figures, spans, axis, named(title, unit, axis), classes, marks)
 
 
-def _drawable(value: float) -> float | None:
+def spread(values: Sequence[float], ratio: float) -> bool:
+    """Whether the largest is so many times the smallest positive value, and none is negative."""
+    positive = [value for value in values if value > 0]
+    return bool(positive) and min(values) >= 0 and max(positive) / min(positive) >= ratio
+
+
+def drawable(value: float) -> float | None:
     """The value as far as an axis can take it; None where it has no place on one."""
     if not math.isfinite(value) or abs(value) > LARGEST:
         return None
@@ -150,24 +160,21 @@ def _drawable(value: float) -> float | None:
 
 
 def _drawable_pair(pair: tuple[float, float]) -> tuple[float, float] | None:
-    low, high = _drawable(pair[0]), _drawable(pair[1])
+    low, high = drawable(pair[0]), drawable(pair[1])
     return None if low is None or high is None else (low, high)
 
 
 def _bar_axis(values: Sequence[float]) -> Axis:
-    positive = [value for value in values if value > 0]
-    spread = bool(positive) and max(positive) / min(positive) >= LOG_RATIO
-    return log_axis(values) if spread and min(values) >= 0 else linear_axis(values)
+    return log_axis(values) if spread(values, LOG_RATIO) else linear_axis(values)
 
 
 def _range_axis(pairs: Sequence[tuple[float, float]]) -> Axis:
     ends = [end for pair in pairs for end in pair]
-    extents = [extent for low, high in pairs if (extent := max(abs(low), abs(high))) > 0]
-    spread = bool(extents) and max(extents) / min(extents) >= LOG_RATIO
-    return symlog_axis(ends) if spread else linear_axis(ends)
+    extents = [max(abs(low), abs(high)) for low, high in pairs]
+    return symlog_axis(ends) if spread(extents, LOG_RATIO) else linear_axis(ends)
 
 
-def _named(title: str, unit: str, axis: Axis) -> str:
+def named(title: str, unit: str, axis: Axis) -> str:
     """The title with the unit and the kind of axis: "time (s, log scale)"."""
     details = ", ".join(part for part in (unit, axis.name) if part)
     return f"{title} ({details})" if details else title
@@ -195,7 +202,7 @@ def _chart(
     if not labels:
         nothing = f'<text x="{WIDTH / 2:.0f}" y="{HEIGHT / 2:.0f}" text-anchor="middle">no data</text>'
         return f"{opening}{heading}{nothing}</svg>"
-    grid = "".join(_grid_line(axis.y(tick), tick) for tick in axis.spaced_ticks())
+    grid = "".join(grid_line(axis.y(tick), tick) for tick in axis.spaced_ticks())
     styles = classes or ["k0"] * len(labels)
     slots = "".join(
         _slot(index, len(labels), span, f"{label}: {figure}", style)
@@ -225,7 +232,8 @@ def _slot(index: int, count: int, span: tuple[float, float] | None, tooltip: str
     return f'{head}<rect class="{xml_text(style)}" {where}/></g>'
 
 
-def _grid_line(y: float, tick: float) -> str:
+def grid_line(y: float, tick: float) -> str:
+    """A tick of a vertical axis: a line across the drawing, and its number."""
     line = f'<path class="{"grid" if tick else "zero"}" d="M{LEFT} {y:.2f}H{RIGHT}"/>'
     return f'{line}<text x="{LEFT - 8}" y="{y + 3.5:.2f}" text-anchor="end">{number(tick)}</text>'
 

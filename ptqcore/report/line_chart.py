@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from ptqcore.report.charts import LARGEST, number, xml_text
+from ptqcore.report.charts import LARGEST, number, spread, xml_text
 
 WIDTH, HEIGHT, TOP, BOTTOM = 220, 92, 22, 72
 LOG_RATIO = 20.0
@@ -16,13 +16,14 @@ def line(values: Sequence[float], title: str) -> str:
     Values that have no place on it (NaN, infinity, on a logarithmic scale 0) leave a gap.
     """
     shown = title if len(title) <= LONGEST_TITLE else f"…{title[1 - LONGEST_TITLE :]}"
-    heights = _heights(values)
+    step = WIDTH / max(len(values) - 1, 1)
+    points = [None if y is None else (i * step, y) for i, y in enumerate(_heights(values))]
     ends = f"{number(values[0])} → {number(values[-1])}" if values else "no data"
     return (
         f'<svg class="line" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{xml_text(title)}">'
         f"<title>{xml_text(f'{title}: {ends}')}</title>"
         f'<text x="0" y="12">{xml_text(shown)}</text>'
-        f'<path d="M0 {BOTTOM + 4}H{WIDTH}"/><path class="curve" d="{_path(heights)}"/>'
+        f'<path d="M0 {BOTTOM + 4}H{WIDTH}"/><path class="curve" d="{path(points)}"/>'
         f'<text x="0" y="{HEIGHT - 3}">{ends}</text></svg>'
     )
 
@@ -30,9 +31,8 @@ def line(values: Sequence[float], title: str) -> str:
 def _heights(values: Sequence[float]) -> list[float | None]:
     """The vertical position of each value."""
     known = [value for value in values if math.isfinite(value) and abs(value) < LARGEST]
-    positive = [value for value in known if value > 0]
-    spread = bool(positive) and min(known) >= 0 and max(positive) / min(positive) >= LOG_RATIO
-    warped = [_warp(value, spread) for value in values]
+    logarithmic = spread(known, LOG_RATIO)
+    warped = [_warp(value, logarithmic) for value in values]
     drawn = [value for value in warped if value is not None]
     if not drawn:
         return [None] * len(values)
@@ -49,13 +49,13 @@ def _warp(value: float, logarithmic: bool) -> float | None:
     return math.log10(value) if value > 0 else None
 
 
-def _path(heights: Sequence[float | None]) -> str:
-    step = WIDTH / max(len(heights) - 1, 1)
+def path(points: Sequence[tuple[float, float] | None]) -> str:
+    """The data of an SVG path through points; None leaves a gap."""
     parts, pen = [], "M"
-    for index, y in enumerate(heights):
-        if y is None:
+    for point in points:
+        if point is None:
             pen = "M"
             continue
-        parts.append(f"{pen}{index * step:.1f} {y:.1f}")
+        parts.append(f"{pen}{point[0]:.1f} {point[1]:.1f}")
         pen = "L"
     return "".join(parts)

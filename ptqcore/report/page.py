@@ -12,13 +12,12 @@ from markupsafe import Markup
 
 from ptqcore.report import charts, engines
 from ptqcore.report.charts import number
+from ptqcore.report.legend import KIND_COLOURS, Chart
 from ptqcore.report.network import FlowMap
 from ptqcore.report.record import BlockRecord, LayerRecord, RunRecord
-from ptqcore.report.sections import Chart, activation_charts, loss_lines, map_chart, map_tables, short
+from ptqcore.report.sections import activation_charts, loss_lines, map_chart, map_tables, short
 
 MISSING = "—"
-# The palette has this many distinct colours; rarer kinds of layers share one more.
-KIND_COLOURS = 7
 METRIC_CARDS = 6
 
 
@@ -40,6 +39,7 @@ def render(record: RunRecord) -> str:
             record=record,
             cards=_cards(record),
             metrics=_metrics(record),
+            results=[(figure.title, figure.draw()) for figure in record.figures],
             layer_charts=_layer_charts(record.layers),
             block_charts=_block_charts(record.blocks),
             engines=engines.sections(record),

@@ -1,8 +1,10 @@
 """What a run leaves behind for its metrics file and its report."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ptqcore.report.figures import Curves, Pictures
 from ptqcore.report.network import FlowMap
 
 MOST_LOSSES = 100
@@ -122,6 +124,7 @@ class RunRecord:
     """Everything the metrics file and the report say about one run.
 
     coverage: share of the weights inside the blocks that were quantized.
+    figures: what the task shows of its results; in the report alone.
     """
 
     plugin: str
@@ -129,6 +132,7 @@ class RunRecord:
     description: str = ""
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
+    figures: Sequence[Curves | Pictures] = ()
     size_bytes: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     peak_memory_bytes: int = 0

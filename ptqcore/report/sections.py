@@ -1,25 +1,17 @@
 """What some sections of the report show: the map, activations on their grids, losses of learning."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from markupsafe import Markup
 
 from ptqcore.report import charts
 from ptqcore.report.block_chart import KINDS, layer_class
+from ptqcore.report.legend import Chart
 from ptqcore.report.line_chart import line
 from ptqcore.report.map_chart import draw, shape_text
 from ptqcore.report.network import FlowMap
 from ptqcore.report.record import ActivationRecord, BlockRecord
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A drawing, the meaning of its colours (kind → CSS class), and what stands out in it."""
-
-    svg: Markup
-    legend: dict[str, str] = field(default_factory=dict)
-    note: str = ""
 
 
 def map_chart(network: FlowMap) -> Chart:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from markupsafe import Markup
 
 from ptqcore.report import charts
-from ptqcore.report.page import KIND_COLOURS, environment
-from ptqcore.report.sections import Chart
+from ptqcore.report.legend import Chart, kind_colours
+from ptqcore.report.page import environment
 
 Cell = str | float | None
 
@@ -72,9 +72,3 @@ class TablePage:
             if any(value is not None for value in values)
             and not any(isinstance(value, str) for value in values)
         }
-
-
-def kind_colours(kinds: Sequence[str]) -> dict[str, str]:
-    """Kind → CSS class; those beyond the palette share one."""
-    distinct = list(dict.fromkeys(kinds))
-    return {kind: f"k{i}" if i < KIND_COLOURS else "other" for i, kind in enumerate(distinct)}

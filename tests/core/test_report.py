@@ -10,9 +10,10 @@ from xml.etree import ElementTree
 import pytest
 
 from ptqcore.report import charts
+from ptqcore.report.legend import kind_colours
 from ptqcore.report.page import change, duration, limits, render, signed, size, sortable
 from ptqcore.report.record import BlockRecord, ExportRecord, LayerRecord, RunRecord
-from ptqcore.report.table_page import BarChart, TablePage, kind_colours
+from ptqcore.report.table_page import BarChart, TablePage
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
