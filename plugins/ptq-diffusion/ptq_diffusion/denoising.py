@@ -20,7 +20,7 @@ from ptq_diffusion.prompts import read_prompts
 from ptq_diffusion.sampling import calls_by_step
 from ptq_diffusion.temporal import TemporalMap, find_temporal
 from ptq_diffusion.trajectories import collect
-from ptqcore import ArtifactError, Task, TaskOptions, say, trace, write_text
+from ptqcore import ArtifactError, Curves, Pictures, Task, TaskOptions, say, trace, write_text
 
 _CONFIG = "denoiser.json"
 Unseen = Literal["nearest", "interpolate", "refuse"]
@@ -113,6 +113,10 @@ class Denoising(Task):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """What `Judge` measures, of images of the same seeds."""
         return self._judge.measure(model)
+
+    def figures(self) -> Sequence[Curves | Pictures]:
+        """What `Judge` shows of the denoiser that was measured last."""
+        return self._judge.figures()
 
     def save_assets(self, folder: Path) -> None:
         write_text(folder / _CONFIG, self.loaded.denoiser.to_json_string())

@@ -10,12 +10,14 @@ from ptq_diffusion.calls import DenoiserCall
 from ptq_diffusion.classifier import Classifier, load_classifier
 from ptq_diffusion.drawing import SamplingOptions
 from ptq_diffusion.features_of_time import temporal_features
+from ptq_diffusion.figures import image_rows, range_curves, temporal_curves, trajectory_curve
 from ptq_diffusion.frechet import frechet_distance
 from ptq_diffusion.image_metrics import compare
 from ptq_diffusion.pipelines import Loaded
 from ptq_diffusion.sampling import Samples, sample
 from ptq_diffusion.schedules import timesteps_of
 from ptq_diffusion.temporal import TemporalMap
+from ptqcore import Curves, Pictures
 
 
 class Judge:
@@ -49,6 +51,7 @@ class Judge:
         self._timesteps = torch.unique(timesteps_of(loaded, options))
         self._reference: Samples | None = None
         self._features: dict[str, Tensor] = {}
+        self._figures: list[Curves | Pictures] = []
 
     def measure(self, denoiser: nn.Module) -> dict[str, float]:
         """The figures of a denoiser; those of the first are perfect."""
@@ -58,11 +61,13 @@ class Judge:
             self._reference, self._features = made, features
         first = self._reference
         half = (len(first.states) - 1) // 2
+        trajectory = [relative_error(*pair) for pair in zip(made.states, first.states, strict=True)]
+        self._figures = self._drawn(denoiser, made.images, features, trajectory)
         images = compare(made.images, first.images, self._classifier)
         return {
             "temporal_error": temporal_error(features, self._features),
             "temporal_mismatch": mismatch(features, self._features),
-            "trajectory_error": relative_error(made.states[half], first.states[half]),
+            "trajectory_error": trajectory[half],
             "image_error": float((made.images - first.images).square().mean()),
             "image_psnr": images["psnr"],
             "image_ssim": images["ssim"],
@@ -71,6 +76,25 @@ class Judge:
                 self._classifier.features(made.images), self._classifier.features(first.images)
             ),
         }
+
+    def figures(self) -> list[Curves | Pictures]:
+        """Of the denoiser measured last: the trajectory error at every step, the temporal error and the
+        ranges of the temporal block at every timestep, where there are such, and images."""
+        return self._figures
+
+    def _drawn(
+        self, denoiser: nn.Module, images: Tensor, features: dict[str, Tensor], trajectory: list[float]
+    ) -> list[Curves | Pictures]:
+        assert self._reference is not None
+        found: list[Curves | Pictures] = [
+            image_rows({"full precision": self._reference.images, "quantized": images}),
+            trajectory_curve(trajectory),
+        ]
+        if features:
+            errors = temporal_errors(features, self._features)
+            found.append(temporal_curves(errors, self._timesteps))
+        ranges = range_curves(denoiser, self._temporal.block)
+        return found if ranges is None else [*found, ranges]
 
     def features(self, denoiser: nn.Module) -> dict[str, Tensor]:
         """The temporal features of the schedule: path → [timesteps, channels]."""
@@ -88,20 +112,27 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).square().sum() / expected.square().sum())
 
 
+def temporal_errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """1 − cos of every feature [timesteps, …] at every timestep: path → [timesteps]."""
+    errors = {}
+    for path, features in expected.items():
+        one, other = found[path].double().flatten(1), features.double().flatten(1)
+        errors[path] = (1 - nn.functional.cosine_similarity(one, other)).clamp(min=0)
+    return errors
+
+
 def temporal_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Mean of 1 − cos over features and timesteps."""
-    cosines = [
-        nn.functional.cosine_similarity(found[path].double(), expected[path].double()) for path in expected
-    ]
-    return float(1 - torch.cat(cosines).mean()) if cosines else 0.0
+    """Mean of 1 − cos over features and timesteps; 0 where there are none."""
+    errors = temporal_errors(found, expected)
+    return float(torch.cat(list(errors.values())).mean()) if errors else 0.0
 
 
 def mismatch(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Share of features at timesteps that are nearest, by cosine, to the expected one of another."""
     wrong, count = 0, 0
     for path, features in expected.items():
-        unit = nn.functional.normalize(features.double())
-        nearest = (nn.functional.normalize(found[path].double()) @ unit.T).argmax(1)
+        unit, own = (nn.functional.normalize(one.double().flatten(1)) for one in (features, found[path]))
+        nearest = (own @ unit.T).argmax(1)
         wrong += int((nearest != torch.arange(len(features))).sum())
         count += len(features)
     return wrong / count if count else 0.0

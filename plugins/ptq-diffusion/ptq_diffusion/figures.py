@@ -1,0 +1,82 @@
+"""What the report shows of a quantized denoiser: curves over the schedule, and images of the same seeds."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ptqcore import Curves, Pictures, QuantModule, timesteps_of
+
+MOST_IMAGES = 10
+MOST_RANGES = 6
+
+
+def trajectory_curve(errors: Sequence[float]) -> Curves:
+    """The relative squared difference of the states after every step."""
+    return Curves(
+        "Trajectory error",
+        range(1, len(errors) + 1),
+        {"quantized": errors},
+        "step of the sampler",
+        "relative squared difference",
+        "How far the states of sampling are from those of the full-precision model, which began the same.",
+    )
+
+
+def temporal_curves(errors: Mapping[str, Tensor], timesteps: Tensor) -> Curves:
+    """The mean and the worst of the temporal features.
+
+    Args:
+        errors: path → 1 − cos [timesteps].
+    """
+    table = torch.stack(list(errors.values()))
+    feature, at = divmod(int(table.argmax()), table.shape[1])
+    return Curves(
+        "Temporal error",
+        timesteps.tolist(),
+        {
+            f"mean of {len(table)} temporal features": table.mean(0).tolist(),
+            "worst of them": table.amax(0).tolist(),
+        },
+        "timestep",
+        "1 - cosine to the full-precision feature",
+        f"Sampling goes from right to left. Worst: {list(errors)[feature]} at timestep {timesteps[at]:g}.",
+    )
+
+
+def range_curves(model: nn.Module, paths: Sequence[str]) -> Curves | None:
+    """The width of the range of layers' inputs at each timestep, of those that change most; None if no
+    layer has one for each. Layers that read the same tensor have one curve."""
+    known = timesteps_of(model)
+    readers: dict[tuple[float, ...], list[str]] = {}
+    for path in paths:
+        layer = model.get_submodule(path)
+        quantizer = layer.input_quantizer if isinstance(layer, QuantModule) else None
+        if quantizer is not None and quantizer.scale is not None and quantizer.spec.timesteps:
+            widths = tuple((quantizer.scale * quantizer.spec.levels).tolist())
+            readers.setdefault(widths, []).append(path)
+    if known is None or not readers:
+        return None
+    chosen = sorted(readers, key=lambda widths: min(widths) / max(widths))[:MOST_RANGES]
+    return Curves(
+        "Range of the inputs of the temporal block at each timestep",
+        known.values.tolist(),
+        {_label(readers[widths]): widths for widths in chosen},
+        "timestep",
+        "width of the range",
+        f"Of {len(readers)} tensors the {len(chosen)} that change most, with the layers that read them. "
+        "A single range for all timesteps would have to be as wide as the widest.",
+    )
+
+
+def _label(paths: Sequence[str]) -> str:
+    return f"{paths[0]} and {len(paths) - 1} more" if len(paths) > 1 else paths[0]
+
+
+def image_rows(rows: Mapping[str, Tensor]) -> Pictures:
+    """The first images [n, channels, height, width] of every row, seed by seed."""
+    return Pictures(
+        "Images",
+        {label: list(images[:MOST_IMAGES].clone()) for label, images in rows.items()},
+        "Below each other: the same seed, that is, the same noise.",
+    )
