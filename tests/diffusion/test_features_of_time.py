@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_denoisers import CALLS, STYLES, build, call_of, find, rand
 from torch import Tensor, nn
 
 from ptq_diffusion.calls import DenoiserCall
 from ptq_diffusion.features_of_time import TimePath, temporal_features
+from ptq_diffusion.recording import record
 from ptqcore import ModelError
 
 _TIMES = torch.tensor([999, 0, 500, 1, 20, 20, 731])
@@ -126,6 +128,12 @@ def test_a_guidance_that_is_told_is_a_constant_of_the_features() -> None:
     expected = hooked(model, call.with_timestep(torch.tensor([500, 20])), temporal.features)
     assert "time_embed.linear" in expected
     assert all(torch.equal(found[path], expected[path]) for path in temporal.features)
+    path_of_time = TimePath(model, call, temporal)
+    model.time_embed.guidance_embedder.linear_2 = Negated(model.time_embed.guidance_embedder.linear_2)
+    with torch.no_grad():
+        found = path_of_time([500, 20])
+    expected = hooked(model, call.with_timestep(torch.tensor([500, 20])), temporal.features)
+    assert all(torch.equal(found[path], expected[path]) for path in temporal.features)
 
 
 class Negated(nn.Module):
@@ -237,7 +245,12 @@ def _read_for_its_form(own: Any, x: Tensor, t: Tensor) -> Tensor:
     [
         lambda own, x, t: own.c(x) + own.b(own.a(_sines_in_place(own, t)).relu_()),
         lambda own, x, t: own.c(x) + own.b(own.a(_sines_in_place(own, t)) * own.table),
-        lambda own, x, t: own.c(x) + own.a(_sines_in_place(own, t)).add_(1).mul_(own.table),
+        lambda own, x, t: (
+            own.c(x) + own.a(_sines_in_place(own, t)).add_(1) + own.b(_sines_in_place(own, t))
+        ),
+        lambda own, x, t: (
+            own.a(_sines_in_place(own, t)) + own.b(own.a(-_sines_in_place(own, t))) + own.c(x)
+        ),
         lambda own, x, t: own.c(x) + own.b(own.a(_sines_in_place(own, t.mul_(0.5)))),
         lambda own, x, t: own.c(x) + own.b(own.a(t[:, None] * own.frequencies).chunk(2, 1)[1].repeat(1, 2)),
         _read_for_its_form,
@@ -249,7 +262,7 @@ def test_functions_between_the_layers_are_done_again(wire: Callable[..., Tensor]
     call = DenoiserCall.of(model, x=rand(2, 4), t=torch.tensor([5.0, 6.0]))
     temporal = find(model, _fresh(call))
     path_of_time = TimePath(model, _fresh(call), temporal)
-    model.table.data *= 2  # read when it is asked for
+    model.table = nn.Parameter(2 * model.table)  # read when it is asked for
     times = torch.tensor([3.0, 900.0, 2.0, 7.0])
     for _ in range(2):  # nothing is left behind in the recording
         with torch.no_grad():
@@ -265,6 +278,36 @@ def test_functions_between_the_layers_are_done_again(wire: Callable[..., Tensor]
 def _fresh(call: DenoiserCall) -> DenoiserCall:
     """The call with a copy of its time, into which a network may write."""
     return call.with_timestep(call.times)
+
+
+def test_dropout_is_off() -> None:
+    def wire(own: Any, x: Tensor, t: Tensor) -> Tensor:
+        return own.c(x) + own.b(F.dropout(own.a(_sines_in_place(own, t)), training=own.training))
+
+    torch.manual_seed(0)
+    model = Network(wire).eval()
+    call = DenoiserCall.of(model, x=rand(2, 4), t=torch.tensor([5.0, 6.0]))
+    temporal = find(model, call)
+    expected = hooked(model, call, temporal.features)
+    found = temporal_features(model.train(), call, temporal, [5.0, 6.0])
+    assert torch.equal(found["b"], expected["b"])
+    assert model.training
+
+
+def test_a_recording_holds_no_sample_and_leaves_the_time_alone() -> None:
+    torch.manual_seed(0)
+    model = Network(_read_for_its_form)
+    call = DenoiserCall.of(model, x=rand(2, 4), t=torch.tensor([5.0, 6.0]))
+    recording = record(model, call, ("a", "b"), ("b",))
+    tensors = [leaf for node in recording.nodes for leaf in node.leaves if isinstance(leaf, Tensor)]
+    assert [tuple(tensor.shape) for tensor in tensors].count((2, 4)) >= 3  # x, three times
+    assert all(tensor.untyped_storage().nbytes() <= 16 for tensor in tensors)
+    halving = Network(lambda own, x, t: own.c(x) + own.a(_sines_in_place(own, t.mul_(0.5))))
+    recording = record(halving, call, ("a",), ("a",))
+    time = torch.tensor([900.0, 20.0])
+    first = recording.replay(halving, time)
+    assert time.tolist() == [900.0, 20.0]
+    assert torch.equal(recording.replay(halving, time)["a"], first["a"])
 
 
 @pytest.mark.parametrize(
@@ -286,6 +329,20 @@ def test_features_that_are_not_computed_from_the_timestep_alone_are_refused(
         ModelError, match="temporal feature of 'a' cannot be computed from the timestep alone"
     ):
         TimePath(model, call, temporal)
+
+
+def test_tokens_that_are_folded_into_the_rows_give_one_row_each() -> None:
+    def wire(own: Any, x: Tensor, t: Tensor) -> Tensor:
+        return own.c(x) + own.a(t.flatten()[:, None] * own.frequencies).unflatten(0, (2, 3)).sum(1)
+
+    torch.manual_seed(0)
+    model = Network(wire)
+    call = DenoiserCall.of(model, x=rand(2, 4), t=torch.tensor([[5.0] * 3, [6.0] * 3]))
+    temporal = find(model, call)
+    found = temporal_features(model, call, temporal, [7.0, 8.0, 9.0])
+    assert found["a"].shape == (3, 4)
+    expected = model.a(torch.tensor([7.0, 8.0, 9.0])[:, None] * model.frequencies)
+    torch.testing.assert_close(found["a"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_features_without_rows_are_refused() -> None:

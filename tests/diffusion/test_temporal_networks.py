@@ -219,6 +219,16 @@ def test_random_networks_have_the_classes_of_their_wiring(network: list[tuple[st
         assert features == expected  # all of them are summed with the sample in the end
 
 
+def test_values_decide_not_the_way_they_are_computed() -> None:
+    found = wired(lambda own, x, t, _: own.d(x) + own.b(own.a(sinusoid(t)) + 0 * x))
+    assert (found.block, found.features) == (("a", "b"), ("b",))
+
+
+def test_a_network_may_write_into_what_it_is_given() -> None:
+    found = wired(lambda own, x, t, _: own.d(x.mul_(2)) + own.a(sinusoid(t.mul_(0.5))))
+    assert (found.block, found.features) == (("a",), ("a",))
+
+
 def test_a_tensor_that_is_changed_in_place_is_read_again() -> None:
     def wire(own: Any, x: Tensor, t: Tensor, _: None) -> Tensor:
         both = own.a(sinusoid(t))

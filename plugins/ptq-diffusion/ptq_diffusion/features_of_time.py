@@ -53,9 +53,8 @@ class TimePath:
         self._rows = call.rows if time.ndim and time.shape[0] == call.rows else 1
         layers = temporal.block + temporal.layers("constant")
         self._recording = record(model, self._call, layers, self.features)
-        self._check(self._call, self._recording)
         other = self._call.with_timestep(self._another(time))
-        self._check(other, record(model, other, layers, self.features))
+        self._check(other.times, record(model, other, layers, self.features))
 
     def __call__(self, timesteps: Sequence[float] | Tensor) -> dict[str, Tensor]:
         """path → features [T, channels] of timesteps [T]."""
@@ -72,7 +71,7 @@ class TimePath:
         if known is None or len(known.values) < 2:
             return other_times(time, 0)
         at = torch.searchsorted(known.values, time.float().contiguous())
-        return known.values[(at + 1) % len(known.values)].to(time.dtype)
+        return known.values[(at + 1) % len(known.values)]
 
     def _replay(self, time: Tensor) -> dict[str, Tensor]:
         """The features at a time; activations with a range for each timestep get theirs."""
@@ -101,10 +100,10 @@ class TimePath:
             )
         return output.unflatten(0, (self._rows, -1))[:, 0]
 
-    def _check(self, call: DenoiserCall, whole: Recording) -> None:
-        """What is computed alone is what the whole denoiser computes."""
+    def _check(self, time: Tensor, whole: Recording) -> None:
+        """At another time than the recorded one, what is computed alone is what the whole computes."""
         with torch.no_grad():
-            alone = self._replay(call.times)
+            alone = self._replay(time)
         for path in self.features:
             one, other = whole.values.get(path), alone.get(path)
             if one is None or other is None or not relative_difference([one], [other]) < _SAME:
