@@ -1,7 +1,8 @@
 """What the calibration samples say about one block: collected in one pass, shared by all steps."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property, partial
 from typing import Any
 
@@ -21,6 +22,37 @@ from ptqcore.walk import BlockIO
 
 NewObserver = Callable[[TensorQuant], Observer]
 Range = tuple[Tensor, Tensor]
+
+
+class _LastCalled(Exception):  # noqa: N818 - a signal that ends a forward pass, not an error
+    pass
+
+
+class _LastOf:
+    """Ends forward passes behind the last of some layers, once a pass has called each of them once."""
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self._layers = list(layers.values())
+        self._once = False
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch one pass."""
+        calls: list[nn.Module] = []
+
+        def note(layer: nn.Module, _: Any) -> None:
+            calls.append(layer)
+            if self._once and len(calls) == len(self._layers):
+                raise _LastCalled
+
+        handles = [layer.register_forward_pre_hook(note) for layer in self._layers]
+        try:
+            with suppress(_LastCalled):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._once = len(calls) == len(self._layers) == len({id(layer) for layer in calls})
 
 
 class Calibration:
@@ -63,6 +95,7 @@ class Calibration:
         self._edges: dict[Edge, Observer] = {}
         self._reached: set[Edge] = set()
         self._current = False
+        self._fresh: set[str] = set()
 
     @property
     def exact(self) -> list[list[Tensor]]:
@@ -90,15 +123,24 @@ class Calibration:
         """Statistics of the layers that are still float are to be collected anew at the next use."""
         _ = self.targets
         self._current = False
+        self._fresh.clear()
+
+    def refresh(self, paths: Iterable[str]) -> None:
+        """Collect the statistics of some layers anew, if they are to be, without the rest of the block:
+        the others wait until they are asked for."""
+        _ = self.targets
+        if not self._current:
+            self._fresh = set(paths)
+            self._collect(keep_outputs=False, only=self._fresh)
 
     def gram(self, path: str) -> Gram | None:
         """The Gram of the inputs of a linear layer; None for other layers, or if no token reached it."""
-        self._update()
+        self._update(path)
         return self._grams.get(path)
 
     def observer(self, path: str) -> Observer | None:
         """The observer of a layer's inputs, where static ranges are wanted and something reached it."""
-        self._update()
+        self._update(path)
         return self._observers.get(path)
 
     def weight_range(self, path: str, layer: nn.Module) -> Range:
@@ -161,14 +203,21 @@ class Calibration:
                 self.quantizers[edge] = quantizers[edge]
         self.io.functions = {edge: quantizer.forward for edge, quantizer in self.quantizers.items()}
 
-    def _update(self) -> None:
+    def _update(self, path: str | None = None) -> None:
         _ = self.targets
-        if not self._current:
+        if not self._current and path not in self._fresh:
             self._collect(keep_outputs=False)
 
-    def _collect(self, keep_outputs: bool = True) -> list[list[Tensor]]:
-        """Run the block on every sample; statistics of its float layers and of its edges."""
+    def _collect(
+        self, keep_outputs: bool = True, only: Collection[str] | None = None
+    ) -> list[list[Tensor]]:
+        """Run the block on every sample; statistics of its float layers, all or some, and of its edges.
+
+        For some alone a run ends behind the last of them, where the first sample calls each of them once.
+        """
         layers = self.block.layers()
+        if only is not None:
+            layers = {path: layer for path, layer in layers.items() if path in only}
         for known in (self._grams, self._observers):
             for path in layers:
                 known.pop(path, None)
@@ -176,19 +225,21 @@ class Calibration:
         handles = [
             layer.register_forward_pre_hook(self._watch(path, latest)) for path, layer in layers.items()
         ]
+        last = None if only is None else _LastOf(layers)
         functions = self.io.functions
-        if not self.quantizers:
+        if not self.quantizers and only is None:
             self._edges = {edge: self._new_observer(quant) for edge, quant in self.edges.items()}
             self.io.functions = {edge: partial(self._observe, edge) for edge in self._edges}
         try:
             outputs = []
             for sample in range(len(self.io)):
                 latest["sample"] = sample
-                result = self.io.run_sample(sample)
+                with nullcontext() if last is None else last.watching():
+                    result = self.io.run_sample(sample)
                 if keep_outputs:
                     outputs.append([self.io.store.keep(tensor) for tensor in tensors_in(result)])
                 latest.clear()
-            self._current = True
+            self._current = only is None
             return outputs
         finally:
             self.io.functions = functions

@@ -219,3 +219,42 @@ def test_records_are_of_the_block_as_it_now_is(outputs):
     ones = found.record([LEFT], outputs=outputs)[LEFT]
     expected = [layer(y) if outputs else y for y in (x, 2 * x)]
     assert all(torch.equal(*pair) for pair in zip(ones, expected, strict=True))
+
+
+# Some layers alone
+
+
+def test_refreshed_statistics_are_those_of_a_whole_collection_and_the_rest_waits():
+    samples = [draw(7, 4, seed=seed) for seed in range(3)]
+    one, whole = calibrated(samples), calibrated(samples)
+    calls = []
+    one.block.model.block.last.register_forward_hook(lambda *_: calls.append(1))
+    for each in (one, whole):
+        _ = each.targets
+        each.block.model.block.left.weight.data *= 2
+        each.changed()
+    calls.clear()
+    one.refresh([LEFT, RIGHT])
+    assert torch.equal(one.gram(LEFT).matrix, whole.gram(LEFT).matrix)
+    assert one.gram(LEFT) is one.gram(RIGHT)
+    assert one.observer(LEFT).range() == whole.observer(LEFT).range()
+    assert len(calls) == 1  # the first pass shows where to stop
+    assert torch.equal(one.gram(LAST).matrix, whole.gram(LAST).matrix)
+    assert len(calls) == 4
+    one.refresh([LEFT])  # nothing has changed
+    assert len(calls) == 4
+
+
+def test_where_a_layer_is_not_called_once_passes_run_to_the_end():
+    class Twice(Layers):
+        def forward(self, x):
+            return super().forward(x) + self.last(self.left(2 * x))
+
+    samples = [draw(7, 4, seed=seed) for seed in range(3)]
+    one, whole = (calibrated(samples, model=Net(Twice())) for _ in range(2))
+    for each in (one, whole):
+        _ = each.targets
+        each.changed()
+    one.refresh([LEFT])
+    assert one.gram(LEFT).count == 2 * 21
+    assert torch.equal(one.gram(LEFT).matrix, whole.gram(LEFT).matrix)

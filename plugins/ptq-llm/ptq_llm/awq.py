@@ -1,7 +1,6 @@
 """The step `awq`: channels that matter are made larger before rounding (Lin et al., arXiv 2306.00978)."""
 
 import math
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -9,21 +8,21 @@ from pydantic import Field
 from torch import Tensor
 
 from ptq_llm.groups import Group
-from ptq_llm.line_search import coarse_to_fine, least
+from ptq_llm.line_search import coarse_to_fine
 from ptq_llm.objective import Objective
 from ptq_llm.rescale import Rescaling
 from ptq_llm.scaling import ChannelStatistics, ScaleOptions, ScaleStep
 from ptq_llm.simulation import rounded
-from ptqcore import StepOptions
+from ptqcore import Context, StepOptions
 
 _STRIDE = 4
 
 
 class AWQOptions(ScaleOptions):
-    """ratios: powers, from 0 (no change) in equal steps to below 1. objective: `outputs` compares what the
-    next layers read, for every fourth power first and then around the best; `gram` compares the layers'
-    own outputs through the Gram of their inputs for all powers, much faster but blind to rounded
-    activations; `auto` takes the Gram where only weights are rounded."""
+    """ratios: powers, from 0 (no change) in equal steps to below 1; every fourth is tried first, then those
+    around the best. objective: `outputs` compares what the next layers read; `gram` compares the layers'
+    own outputs through the Gram of their inputs, much faster but blind to rounded activations; `auto`
+    takes the Gram where only weights are rounded."""
 
     groups: Literal["norms", "all"] = "all"
     ratios: int = Field(default=20, ge=1)
@@ -43,20 +42,30 @@ class AWQ(ScaleStep):
             gram = all(self.context.grids.inputs(path) is None for path in objective.layers)
         count = self.options.ratios
         candidates = [powers(statistics.magnitude, index / count) for index in range(count)]
-        if gram:
-            return least(candidates, partial(self._gram_loss, objective))
-        return coarse_to_fine(candidates, _STRIDE, objective.loss)
+        loss = GramLoss(objective, self.context) if gram else objective.loss
+        return coarse_to_fine(candidates, _STRIDE, loss)
 
-    def _gram_loss(self, objective: Objective, change: Rescaling, limit: float = math.inf) -> float:
-        """Σ over layers of tr(ΔW G ΔWᵀ) / tr(W G Wᵀ), ΔW from rounding the rescaled weight."""
+
+class GramLoss:
+    """Σ over layers of tr(ΔW G ΔWᵀ) / tr(W G Wᵀ), ΔW from rounding the rescaled weight."""
+
+    def __init__(self, objective: Objective, context: Context) -> None:
+        grams = {path: objective.calibration.gram(path) for path in objective.layers}
+        self._grams = {path: gram for path, gram in grams.items() if gram is not None and gram.count}
+        model = objective.block.model
+        self._weights = {path: model.get_submodule(path).get_parameter("weight") for path in self._grams}
+        self._energy = {path: gram.energy(self._weights[path]) for path, gram in self._grams.items()}
+        self._specs = {path: context.grids.weights(path).spec for path in self._grams}
+
+    def __call__(self, change: Rescaling, limit: float = math.inf) -> float:
         total = 0.0
-        for path in objective.layers:
-            gram = objective.calibration.gram(path)
-            if gram is None or not gram.count:
-                continue
-            weight = objective.block.model.get_submodule(path).get_parameter("weight")
-            scale, spec = change.scale.to(weight), self.context.grids.weights(path).spec
-            total += gram.relative_error(weight, rounded(weight * scale, spec) / scale)
+        for path, gram in self._grams.items():
+            weight = self._weights[path]
+            scale = change.scale.to(weight)
+            error = gram.energy(rounded(weight * scale, self._specs[path]) / scale - weight)
+            total += error / (self._energy[path] or 1)
+            if total > limit:
+                break
         return total
 
 

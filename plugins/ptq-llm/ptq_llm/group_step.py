@@ -85,6 +85,7 @@ class GroupStep(Step):
                     if not self.keeps_function(group, block, calibration):
                         continue
                 simulation.add(self.finder.map.before(group.consumers, block))
+                calibration.refresh(group.consumers)
                 change = find(group)
                 if change is not None:
                     with simulation.paused():

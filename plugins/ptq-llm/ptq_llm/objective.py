@@ -41,7 +41,7 @@ class _Reached(Exception):  # noqa: N818 - a signal that ends a forward pass, no
 class Objective:
     """Σ over what is compared of ‖y′ − y‖² / ‖y‖², over all tokens of all calibration samples that count.
 
-    The samples come from the quantized prefix, through the block as it is when the objective is made.
+    The samples come from the quantized prefix, through the block as it is at the first loss.
     """
 
     def __init__(
@@ -53,13 +53,20 @@ class Objective:
         targets = context.targets(block)
         self._layers = [path for path in group.consumers if path in targets]
         self._sinks = questions.sinks(group.consumers, block)
-        at = questions.parent([*group.consumers, *self._sinks], block) if self._sinks else ""
+        self._at = questions.parent([*group.consumers, *self._sinks], block) if self._sinks else ""
         self._alone = not self._sinks
+        self._recorded = False
+
+    def _record(self) -> None:
+        """Record what is compared: not before a loss is asked for."""
+        if self._recorded:
+            return
+        self._recorded = True
         if self._alone:
             self._inputs = self._record_inputs()
             self._outputs = {path: self._plain_outputs(path) for path in self._layers}
             return
-        self._parent = self._model.get_submodule(at)
+        self._parent = self._model.get_submodule(self._at)
         self._calls = self._record_parent()
         with torch.no_grad():
             self._wanted = [self._compared(sample) for sample in range(len(self._calls))]
@@ -77,6 +84,7 @@ class Objective:
     def loss(self, change: Change, limit: float = math.inf) -> float:
         """The error with this change, weights rounded to nearest and inputs as the recipe rounds them; of
         the first samples alone where that is above `limit` already."""
+        self._record()
         return self._loss_alone(change, limit) if self._alone else self._loss_behind(change, limit)
 
     def _loss_alone(self, change: Change, limit: float) -> float:

@@ -69,6 +69,8 @@ class Simulation:
         """
         targets = self._context.targets(self._block)
         new = [path for path in paths if path in targets and path not in self._added]
+        if not new:
+            return
         self._added |= {path: input_rounding(self._context, self._calibration, path) for path in new}
         for path in new:
             self._start(path)
