@@ -2,6 +2,7 @@
 
     pip install --constraint constraints.txt --editable . --editable plugins/ptq-llm
     python tools/bench/language.py --text wikitext.txt [--model FOLDER] [--samples 16] [--windows 16]
+        [--methods gptq awq]
 
 Every quantizer gets the same full-precision model and the same calibration tokens (the text's first
 windows of 512), and makes 4-bit symmetric weights in groups of 64, one process each. Their checkpoints
@@ -43,6 +44,10 @@ _SCHEME = (
     "quant.weights.group_size=64",
     "quant.activations=null",
 )
+_STEPS = {
+    "gptq": {"gptq": "[gptq]", "clip gptq": "[clip,gptq]"},
+    "awq": {"awq": "[awq,round]", "awq clip": "[awq,clip,round]"},
+}
 
 
 @dataclass(frozen=True)
@@ -183,19 +188,15 @@ def main() -> None:
     parser.add_argument("--model", default=models.EMBEDDED, help="folder, GGUF file or smollm2-135m")
     parser.add_argument("--samples", type=int, default=16, help="windows to calibrate on")
     parser.add_argument("--windows", type=int, default=16, help="windows to judge on")
+    methods = ("gptq", "awq")
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods, help="what is compared")
     options = parser.parse_args()
     with TemporaryDirectory(prefix="ptq-bench-") as name:
         bench, full = prepare(Path(name), options.model, options.text, options.samples, options.windows)
-        rows = [
-            full,
-            bench.ours("ptqcore round", "[round]"),
-            bench.ours("ptqcore gptq", "[gptq]"),
-            bench.ours("ptqcore clip gptq", "[clip,gptq]"),
-            bench.ours("ptqcore awq", "[awq,round]"),
-            bench.ours("ptqcore awq clip", "[awq,clip,round]"),
-            bench.llm_compressor("llm-compressor gptq", "gptq"),
-            bench.llm_compressor("llm-compressor awq", "awq"),
-        ]
+        rows = [full, bench.ours("ptqcore round", "[round]")]
+        for method in options.methods:
+            rows += [bench.ours(f"ptqcore {name}", steps) for name, steps in _STEPS[method].items()]
+            rows.append(bench.llm_compressor(f"llm-compressor {method}", method))
     show(rows)
 
 
