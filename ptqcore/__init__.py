@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ptqcore.errors import PluginError as PluginError
     from ptqcore.errors import PtqError as PtqError
     from ptqcore.errors import RecipeError as RecipeError
+    from ptqcore.errors import nearest as nearest
     from ptqcore.export.base import Exporter as Exporter
     from ptqcore.export.onnx_weight_only import OnnxProduct as OnnxProduct
     from ptqcore.export.onnx_weight_only import OnnxWeightOnly as OnnxWeightOnly
@@ -106,6 +107,7 @@ _HOME = {
     "PluginError": "errors",
     "PtqError": "errors",
     "RecipeError": "errors",
+    "nearest": "errors",
     "Exporter": "export.base",
     "OnnxProduct": "export.onnx_weight_only",
     "OnnxWeightOnly": "export.onnx_weight_only",

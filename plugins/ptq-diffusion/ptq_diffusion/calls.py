@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_flatten_with_path, tree_map_with_path
 
 from ptqcore import DataError, ModelError, tensors_in
 
-_TIMES = ("timestep", "timesteps", "t")
+TIMES = ("timestep", "timesteps", "t")
+"""Names that the time has among the parameters of denoisers."""
 _GUIDANCE = ("guidance", "guidance_scale", "timestep_cond")
 _POSITIONS = {"coords", "ids", "mask", "masks", "rope", "rotary"}
 _NOT_POSITIONS = ("class_ids", "crop_coords", "input_ids", "time_ids")
@@ -43,7 +44,7 @@ class DenoiserCall:
         """
         name = type(model).__name__
         values, order = _by_name(model, args, kwargs)
-        timestep = next((time for time in _TIMES if time in order), None)
+        timestep = next((time for time in TIMES if time in order), None)
         if timestep is None:
             raise ModelError(
                 f"{name}.forward has no parameter 'timestep', 'timesteps' or 't', only {', '.join(order)}: "

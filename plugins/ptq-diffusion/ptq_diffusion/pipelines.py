@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ptq_diffusion import embedded
+from ptq_diffusion.calls import TIMES
 from ptq_diffusion.scheduling import check_scheduler, line_of, make_scheduler
 from ptqcore import ModelError
 
@@ -23,8 +24,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import diffusers
 
-TIMES = ("timestep", "timesteps", "t")
-"""Names that the time has among the parameters of denoisers."""
 _INDEX, _CONFIG, _SCHEDULE = "model_index.json", "config.json", "scheduler_config.json"
 _PICKLED = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
 _WEIGHTS = re.compile(r"[^.]+(?:\.(?P<variant>\w+?))?(?:-\d+-of-\d+)?\.safetensors")

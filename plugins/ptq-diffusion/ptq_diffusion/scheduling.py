@@ -2,11 +2,10 @@
 
 import inspect
 import os
-from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
+from collections.abc import Mapping
 from typing import Any
 
-from ptqcore import ModelError, RecipeError
+from ptqcore import ModelError, RecipeError, nearest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -27,13 +26,13 @@ def make_scheduler(name: str, base: Mapping[str, Any], config: Mapping[str, Any]
     """
     known = [each for each in dir(diffusers) if each.endswith("Scheduler")]
     if name not in known:
-        raise RecipeError(f"task.scheduler {name!r} is not a scheduler of diffusers{_nearest(name, known)}")
+        raise RecipeError(f"task.scheduler {name!r} is not a scheduler of diffusers{nearest(name, known)}")
     kind = getattr(diffusers, name)
     check_scheduler(kind)
     settings = list(inspect.signature(kind.__init__).parameters)[1:]
     for key in config:
         if key not in settings:
-            raise RecipeError(f"{name} has no setting {key!r}{_nearest(key, settings)}")
+            raise RecipeError(f"{name} has no setting {key!r}{nearest(key, settings)}")
     # diffusers would give defaults of the other scheduler up for those of this one
     given = {key: value for key, value in base.items() if key != "_use_default_values"}
     try:
@@ -60,8 +59,3 @@ def line_of(error: Exception) -> str:
     """What an error says, in one line."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else text[:297] + "..."
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
