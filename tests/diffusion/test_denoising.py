@@ -1,6 +1,7 @@
 """Whole runs on a tiny random denoiser: what the steps do to the temporal block, and what is kept."""
 
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,8 @@ from diffusers import DDIMPipeline, DDIMScheduler
 
 import ptqcore
 from ptqcore import ModelError, QuantModule, Recipe, RecipeError, timesteps_of
-from ptqcore.recipe import validate
+from ptqcore.plugin import discover
+from ptqcore.recipe import Entry, read_recipe, validate
 
 STEPS = 6
 SCHEDULE = [0, 166, 332, 498, 664, 830]
@@ -155,3 +157,19 @@ def test_the_rest_is_left_to_another_step(folder, tmp_path):
 def test_two_steps_that_quantize_everything_are_refused(folder, tmp_path):
     with pytest.raises(RecipeError, match="round and brecq both quantize the weights"):
         ptqcore.quantize(recipe(folder, [TIAR, "round", "brecq"]), "diffusion", tmp_path)
+
+
+RECIPES = sorted(discover().plugin("diffusion").recipe_files)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_runs_and_stands_in_the_readme(name, folder, tmp_path):
+    small = ["steps=3", "calibration_samples=4", "calibration_keep=2", "samples=2"]
+    overrides = [f"task.pipeline={folder}", *(f"task.{each}" for each in small)]
+    chosen = read_recipe(discover().recipe_file(name, "diffusion"), overrides)
+    quick = {"brecq": {"iterations": 2}, "tiar": {"iterations": 2}}
+    steps = [Entry(name=step.name, options=quick.get(step.name, {})) for step in chosen.steps]
+    record = ptqcore.quantize(chosen.model_copy(update={"steps": steps}), "diffusion", tmp_path / "out")
+    assert record.exports["diffusers"].largest_difference == 0
+    readme = (Path(__file__).parents[2] / "plugins/ptq-diffusion/README.md").read_text(encoding="utf-8")
+    assert f"| `{name}`" in readme

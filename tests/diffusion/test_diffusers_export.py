@@ -58,7 +58,8 @@ def expected(folder):
 @pytest.mark.parametrize("order", ORDERS)
 def test_another_process_makes_the_same_images_to_the_last_bit(finished, tmp_path, order):
     script = SAMPLE.format(imports=ORDERS[order])
-    command = [sys.executable, "-c", script, str(finished / "exports/diffusers"), str(tmp_path / "images.pt")]
+    place = str(finished / "exports/diffusers")
+    command = [sys.executable, "-c", script, place, str(tmp_path / "images.pt")]
     subprocess.run(command, check=True, capture_output=True, text=True)
     found = torch.load(tmp_path / "images.pt", weights_only=True)
     assert torch.equal(found, expected(finished))
