@@ -80,7 +80,7 @@ def check_images(images: Tensor) -> None:
         raise DataError(f"images must be [n, 1 or 3, height, width], n > 0; got {list(images.shape)}")
     if not images.is_floating_point() or not (images.min() >= 0 and images.max() <= 1):
         raise DataError(
-            "images must be floats within [0, 1]; divide bytes by 255, halve [-1, 1] and add 0.5"
+            "images must be floats within [0, 1], none NaN; divide bytes by 255, halve [-1, 1] and add 0.5"
         )
 
 
