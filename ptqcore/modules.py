@@ -106,7 +106,7 @@ class QuantModule(nn.Module, ABC):
             raise ValueError(f"a weight {given} does not fit a layer {own}")
         for name, value in weight.pack().items():
             setattr(self, f"weight_{name}", value)
-        self._dequantized = self._whole = None
+        self.release()
 
     @property
     def quantized_weight(self) -> QuantizedTensor:
@@ -123,6 +123,10 @@ class QuantModule(nn.Module, ABC):
             with torch.inference_mode(False):  # the cache may serve a backward pass later
                 self._dequantized = rows_to_weight(self.quantized_weight.dequantize(), self)
         return self._dequantized
+
+    def release(self) -> None:
+        """Keep the packed weight alone, until the next use."""
+        self._dequantized = self._whole = None
 
     def ensure_bias(self) -> nn.Parameter:
         """The bias; a layer that had none gets one of zeros."""
@@ -170,12 +174,12 @@ class QuantModule(nn.Module, ABC):
         return f"{self.weight_shape}, weight {self.weight_spec}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantModule":
-        self._dequantized = self._whole = None
+        self.release()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._dequantized = self._whole = None
+        self.release()
         super()._load_from_state_dict(*args, **kwargs)
 
 

@@ -233,6 +233,8 @@ class _Run:
             outputs = io.run_tensors()
             error = audit.relative_error(outputs, targets, block.path)
             layers = audit.layer_records(block, originals, calibration)
+            for layer in block.quantized_layers().values():
+                layer.release()
         figures = BlockRecord(
             block.path,
             error,
