@@ -88,7 +88,8 @@ def correction(gram: Tensor, cross: Tensor, damping: float) -> Tensor:
     """(XᵀX̂ − H)(H + λ)⁻¹ [channels, channels] for H = X̂ᵀX̂: W times it is what is added to W."""
     added = damping * float(gram.diagonal().mean())
     matrix = gram.double()
-    difference = cross.double() - matrix
+    difference = cross.double().sub_(matrix)
     matrix.diagonal().add_(added)
     lower = torch.linalg.cholesky(matrix)
+    del matrix
     return torch.cholesky_solve(difference.T, lower).T.float()
