@@ -93,7 +93,7 @@ def timesteps_of_samples(task: Task, samples: Sequence[Any]) -> Timesteps | None
 
 
 def check_exports(plan: Plan, prepared: Prepared, steps: Sequence[Step]) -> None:
-    """Refuse formats that cannot hold what steps, now prepared, will attach, or the widths they chose.
+    """Refuse formats that cannot hold what steps, now prepared, will attach, or the grids they chose.
 
     Raises:
         ExportError: naming the format, and the step or the layer.
@@ -108,6 +108,11 @@ def check_exports(plan: Plan, prepared: Prepared, steps: Sequence[Step]) -> None
                     f"export {exporter.name} cannot hold what the step {step.name} attaches to the model "
                     f"({step.attaches}): remove the export, or that option of the step"
                 )
+        if context.grids.by_timestep and not exporter.holds_timesteps:
+            raise ExportError(
+                f"export {exporter.name} cannot hold a range of activations for each timestep: remove the "
+                "export, or the step that gives them such ranges"
+            )
         exporter.check_grids(context.quant, weights)
 
 

@@ -19,6 +19,8 @@ class Exporter(ABC):
     name: ClassVar[str]
     holds_attachments: ClassVar[bool] = False
     """Whether the format can hold functions that steps attach to modules (`ptqcore.Attachment`)."""
+    holds_timesteps: ClassVar[bool] = False
+    """Whether the format can hold activation ranges for each timestep (`ptqcore.Timesteps`)."""
 
     @abstractmethod
     def check(self, quant: QuantSection) -> None:

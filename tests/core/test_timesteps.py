@@ -10,9 +10,10 @@ from tiny_task import TinyTask, manifest_of, run
 from torch import nn
 
 import ptqcore
-from ptqcore import FakeQuant, MinMax, ModelError, QuantSpec, Step
+from ptqcore import ExportError, FakeQuant, MinMax, ModelError, QuantSpec, Step
 from ptqcore.observers.per_timestep import PerTimestep
 from ptqcore.quantizers import LearnedStep
+from ptqcore.rounding import Round
 from ptqcore.timesteps import Moment, Timesteps, along, at, current, timesteps_of
 
 SCHEDULE = [801.0, 1.0, 401.5, 801.0, 201.0]
@@ -221,12 +222,40 @@ def test_a_range_for_each_timestep_is_kept_and_looked_up_by_value(tmp_path, scop
         each(SAMPLES[0]["x"], torch.tensor(5.5))
 
 
-def test_a_resumed_run_gives_the_same_bytes(tmp_path):
+def test_a_resumed_run_gives_the_same_bytes(tmp_path, monkeypatch):
     options = {"quant": QUANT, "steps": STEPS, "task": Denoise}
-    for name in ("one", "other"):
-        run(tmp_path / name, Denoiser, SAMPLES, ["every-timestep", "round"], **options)
-    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "other"))
+    steps = ["every-timestep", "round"]
+    run(tmp_path / "whole", Denoiser, SAMPLES, steps, **options)
+    rounded, blocks = Round.block, []
+
+    def stops_at_the_second(self, block, calibration):
+        blocks.append(block.path)
+        if blocks == ["first", "second"]:
+            raise KeyboardInterrupt
+        rounded(self, block, calibration)
+
+    monkeypatch.setattr(Round, "block", stops_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "resumed", Denoiser, SAMPLES, steps, **options)
+    run(tmp_path / "resumed", Denoiser, SAMPLES, steps, resume=True, **options)
+    assert blocks == ["first", "second", "second"]
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "resumed"))
     assert one == other
+
+
+def test_formats_without_timesteps_are_refused_before_anything_is_quantized(tmp_path, monkeypatch):
+    monkeypatch.setattr("ptqcore.run.Walk", lambda *_: pytest.fail("blocks are walked"))
+    with pytest.raises(ExportError, match=r"^export onnx-qdq cannot hold a range .* for each timestep"):
+        run(
+            tmp_path,
+            Denoiser,
+            SAMPLES,
+            ["every-timestep", "round"],
+            QUANT,
+            steps=STEPS,
+            task=Denoise,
+            export=["onnx-qdq"],
+        )
 
 
 def test_granularity_timestep_is_a_steps_to_choose(tmp_path):

@@ -13,14 +13,13 @@ from ptq_diffusion.denoising import Denoising
 from ptq_diffusion.hub import PtqQuantizer, describe, load_denoiser
 from ptqcore import Exporter, ExportError, QuantSection, Task, Verification, tensors_in
 
-_KEPT = ("hf_quantizer", "is_quantized", "quantization_method")
-
 
 class DiffusersExport(Exporter):
     """`DiffusionPipeline.from_pretrained` loads it once `ptq_diffusion` was imported."""
 
     name = "diffusers"
     holds_attachments = True
+    holds_timesteps = True
 
     def check(self, quant: QuantSection) -> None:
         """Every grid can be held."""
@@ -61,7 +60,7 @@ def _denoising(task: Task) -> Denoising:
 def _described(model: Any) -> Iterator[None]:
     """Let diffusers write what a quantized model is into its `config.json`, for a while."""
     config = model._internal_dict
-    kept = {name: getattr(model, name, None) for name in _KEPT}
+    quantizer = getattr(model, "hf_quantizer", None)
     description = describe(model)
     model.register_to_config(quantization_config=description.to_dict())
     model.hf_quantizer = PtqQuantizer(description)
@@ -69,8 +68,7 @@ def _described(model: Any) -> Iterator[None]:
         yield
     finally:
         model._internal_dict = config
-        for name, value in kept.items():
-            setattr(model, name, value)
+        model.hf_quantizer = quantizer
 
 
 def _differences(one: Any, other: Any) -> list[float]:

@@ -90,9 +90,9 @@ def load_denoiser(folder: str | Path, kind: Any) -> nn.Module:
     return model.eval()
 
 
-def describe(model: Any, folded: dict[str, str] | None = None) -> PtqConfig:
+def describe(model: nn.Module) -> PtqConfig:
     """The configuration of a quantized denoiser."""
-    return PtqConfig(Structure.of(model, folded).model_dump(mode="json"))
+    return PtqConfig(Structure.of(model).model_dump(mode="json"))
 
 
 auto.AUTO_QUANTIZER_MAPPING[Method.PTQCORE.value] = PtqQuantizer
