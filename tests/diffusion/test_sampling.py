@@ -117,6 +117,19 @@ def test_images_are_what_becomes_of_the_last_state():
     assert torch.equal(samples.images, (samples.states[-1] / 2 + 0.5).clamp(0, 1))
 
 
+def test_a_scheduler_whose_library_is_not_installed(monkeypatch):
+    """diffusers then has a class of that name which can only raise."""
+
+    class Absent(type):
+        def __getattr__(cls, key):
+            raise ImportError("long text")
+
+    dummy = Absent("LMSDiscreteScheduler", (), {"_backends": ["torch", "sci_not_there"]})
+    monkeypatch.setattr("diffusers.LMSDiscreteScheduler", dummy)
+    with pytest.raises(ModelError, match="of diffusers needs sci_not_there: pip install sci_not_there"):
+        set_scheduler(bare(), "LMSDiscreteScheduler")
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers_with_a_denoiser_alone(name):
     loaded = set_scheduler(bare(), name)

@@ -3,6 +3,7 @@
 import inspect
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from ptqcore import ModelError, RecipeError, nearest
@@ -47,6 +48,9 @@ def check_scheduler(kind: Any) -> None:
     Raises:
         ModelError: if not.
     """
+    absent = [name for name in getattr(kind, "_backends", ()) if find_spec(name) is None]
+    if absent:
+        raise ModelError(f"{kind.__name__} of diffusers needs {absent[0]}: pip install {absent[0]}")
     missing = [method for method in ("set_timesteps", "step") if not hasattr(kind, method)]
     if missing:
         raise ModelError(
