@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ptqcore.dataflow import Running, Site, inside, tensors_in
+from ptqcore.decompositions import decomposed
 from ptqcore.modules import QuantModule
 from ptqcore.placement import Edge
 from ptqcore.quantizers import FakeQuant
@@ -30,6 +31,8 @@ TensorFunction = Callable[[Tensor], Tensor]
 @contextmanager
 def applying(module: nn.Module, path: str, functions: Mapping[Edge, TensorFunction]) -> Iterator[None]:
     """Replace the tensor at each edge by a function of it while `module` runs.
+
+    Functions that hide products of activations are then computed in steps, see `decompositions`.
 
     Args:
         module: the model, or a part of it that is called on its own.
@@ -45,7 +48,7 @@ def applying(module: nn.Module, path: str, functions: Mapping[Edge, TensorFuncti
         register_module_forward_hook(mode.leave, always_call=True),
     ]
     try:
-        with mode:
+        with mode, decomposed():
             yield
     finally:
         for handle in handles:

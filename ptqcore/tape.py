@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ptqcore import edges
 from ptqcore.blocks import Block
 from ptqcore.dataflow import Running, Site, tensors_in
+from ptqcore.decompositions import decomposed
 from ptqcore.edges import TensorFunction
 from ptqcore.placement import Edge
 from ptqcore.store import Store
@@ -116,7 +117,7 @@ class TapeRecorder(TorchFunctionMode):
                 )
             )
         try:
-            with self:
+            with self, decomposed():
                 run()
         except _Captured:
             pass
