@@ -45,6 +45,13 @@ class Meter:
             measurement.peak_memory_bytes = peak_memory()
             self.update()
 
+    @contextmanager
+    def phase(self, name: str, seconds: dict[str, float]) -> Iterator[None]:
+        """Measure, and write the wall time down under a name once the block has ended."""
+        with self.measure() as measurement:
+            yield
+        seconds[name] = measurement.seconds
+
     def update(self) -> None:
         """Take the current peak into account."""
         self.peak_memory_bytes = max(self.peak_memory_bytes, peak_memory())

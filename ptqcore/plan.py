@@ -1,7 +1,7 @@
 """From a recipe to objects: everything named is found and validated before anything is computed."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +15,7 @@ from ptqcore.observers import Observer
 from ptqcore.observers.per_timestep import PerTimestep
 from ptqcore.plugin import CORE, Registry, discover
 from ptqcore.recipe import Entry, Recipe, TensorQuant, read_recipe, validate
+from ptqcore.rounding import Round
 from ptqcore.step import Context, Stage, Step, StepOptions
 from ptqcore.task import Task, TaskOptions
 
@@ -55,6 +56,13 @@ class Plan:
                 quant[key]["observer"] = {"name": used.observer.name, "options": options}
         changed = {"task": task, "quant": quant, "steps": steps}
         return Recipe.model_validate(self.recipe.model_dump() | changed)
+
+    @property
+    def baseline(self) -> "Plan":
+        """The same with rounding to nearest as the only step, and nothing exported."""
+        changed = {"steps": [Entry(name=f"{CORE}:{Round.name}")], "export": []}
+        recipe = self.recipe.model_copy(update=changed)
+        return replace(self, recipe=recipe, step_classes=[(Round, Round.Options())], exporters=[])
 
     def task(self, workspace: Path) -> Task:
         """The task of this run."""

@@ -127,6 +127,17 @@ class TaskSection(BaseModel):
         return dict(self.model_extra or {})
 
 
+class EvaluateSection(BaseModel):
+    """`evaluate`: what the result is compared with, beside full precision."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    baseline: bool = Field(
+        default=False,
+        description="also measure the model rounded to nearest: the same grids, no other step",
+    )
+
+
 class Recipe(BaseModel):
     """One run: what is quantized, how, in which steps, and what is written."""
 
@@ -146,6 +157,7 @@ class Recipe(BaseModel):
         description="cached activations kept in memory, more is memory-mapped; null: half of what is free",
     )
     steps: list[Entry] = Field(min_length=1)
+    evaluate: EvaluateSection = EvaluateSection()
     export: list[Entry] = []
 
     @field_validator("export")

@@ -1,42 +1,32 @@
 """The corridor: a recipe goes in, an artifact with its exports, metrics and report comes out."""
 
+import gc
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ptqcore import artifact, audit, files
-from ptqcore.activation_audit import CountClipped, between_record, input_records
 from ptqcore.attachments import describe_attachments
-from ptqcore.biases import round_biases
-from ptqcore.calibration import Calibration
-from ptqcore.dataflow import inside, tensors_in
-from ptqcore.edges import ActivationQuantizers, TensorFunction
-from ptqcore.errors import ArtifactError, DataError, ExportError
+from ptqcore.dataflow import tensors_in
+from ptqcore.errors import ArtifactError, DataError, ExportError, ModelError, PtqError
 from ptqcore.export.base import Exporter
 from ptqcore.fingerprint import fingerprint, versions
-from ptqcore.journal import BlockResult, Journal
+from ptqcore.journal import Journal
 from ptqcore.meter import Meter
-from ptqcore.modules import QuantModule, state_bytes
-from ptqcore.placement import Edge
+from ptqcore.modules import state_bytes
 from ptqcore.plan import Plan, make_plan
 from ptqcore.plugin import Registry, discover
-from ptqcore.preparation import check_exports, prepare
-from ptqcore.progress import track
+from ptqcore.preparation import prepare
+from ptqcore.quantization import Quantization
 from ptqcore.recipe import Recipe
 from ptqcore.report.page import render
-from ptqcore.report.record import BlockRecord, ExportRecord, RunRecord
-from ptqcore.spans import SpanWalk
-from ptqcore.step import Step
-from ptqcore.store import Store, half_of_memory
-from ptqcore.task import Task
-from ptqcore.timesteps import Moment, at
+from ptqcore.report.record import ExportRecord, RunRecord
+from ptqcore.restoring import restored
+from ptqcore.task import Judged, Task
 from ptqcore.version import __version__
-from ptqcore.walk import BlockIO, Walk
 
 EXPORTS = "exports"
 WORK = ".work"
@@ -71,6 +61,7 @@ def quantize(
         work = files.folder(output / WORK, empty=not resume)
         run = _Run(plan, output, work, resume)
         run.load()
+        run.baseline()
         run.walk()
         run.finish()
         files.remove(output / EXPORTS)  # formats of an earlier artifact that this one has not
@@ -112,12 +103,9 @@ class _Run:
             seed=recipe.seed,
         )
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> AbstractContextManager[None]:
         """Time a part of the run for the report."""
-        with self.meter.measure() as measurement:
-            yield
-        self.record.phases[name] = measurement.seconds
+        return self.meter.phase(name, self.record.phases)
 
     def load(self) -> None:
         """Load the model and its data, find the blocks, and measure the full-precision model."""
@@ -130,127 +118,61 @@ class _Run:
             samples = task.samples(model)
             if not len(samples):
                 raise DataError("the task gave no calibration samples: give it at least one")
-            self._masks = [task.mask(sample) for sample in samples]
         with self.phase("trace"):
             self.prepared = prepare(self.plan, task, model, samples)
             self.record.map = self.prepared.map()
         with self.phase("metrics before"):
-            self.record.before = task.evaluate(model)
+            self.record.before = self._measure("full precision")
+        self.marks = fingerprint(self.record.recipe_yaml, self.record.versions, model, samples)
+        self.journal = self._journal(self.work)
+
+    def baseline(self) -> None:
+        """Round the model to nearest and measure that, where the recipe asks for it; afterwards the model
+        is as before.
+
+        Raises:
+            ModelError: if it cannot be rounded so.
+        """
+        if not self.plan.recipe.evaluate.baseline:
+            return
+        record = RunRecord(self.plan.plugin, self.plan.recipe.name)
+        folder = files.folder(self.work / "baseline")
+        try:
+            with restored(self.prepared.model), torch.random.fork_rng(devices=[]):
+                self._quantize(
+                    self.plan.baseline, record, self._journal(folder), folder, "rounding to nearest"
+                )
+                self.record.phases["naive baseline"] = sum(record.phases.values())
+                with self.phase("metrics of the naive baseline"):
+                    self.record.baseline = self._measure("naive baseline")
+        except PtqError as error:
+            raise ModelError(
+                f"the naive baseline cannot be made: {error}; to go without it, set evaluate.baseline "
+                "to false"
+            ) from error
+        gc.collect()  # modules that know each other would stay beside those of the run
 
     def walk(self) -> None:
         """Hand every block to every step, in order; what an earlier run finished is taken from disk."""
-        model, context, samples = self.prepared.model, self.prepared.context, self.prepared.samples
-        marks = fingerprint(self.record.recipe_yaml, self.record.versions, model, samples)
-        journal = Journal(self.work, marks, self.resume, self.plan.registry.attachment)
-        steps = self.plan.steps(context)
-        with self.phase("prepare"):
-            for step in steps:
-                step.prepare(model, self.prepared.flow, partial(self.task.forward, model, samples[0]))
-        check_exports(self.plan, self.prepared, steps)
-        quantizers = ActivationQuantizers({edge: q.spec for edge, q in context.grids.edges.items()})
-        with self.phase("capture"):
-            walk = self._start_walk(quantizers, any(step.needs_exact for step in steps))
-        spans = SpanWalk(walk, steps, journal, quantizers, self._quantize_block)
-        for result in track(spans, "quantizing blocks"):
-            self.record.blocks.append(result.block)
-            self.record.layers.extend(result.layers)
-            self.record.activations.extend(result.activations)
-        self.record.phases["quantize blocks"] = sum(block.seconds for block in self.record.blocks)
-        for step in steps:
-            step.finish(model)
-        audit.check_done(walk.blocks, context)
-        self.record.coverage = audit.check_coverage(walk.blocks, context, self.task.least_coverage)
-        self.record.skipped = audit.left_alone(model, context)
-        for edge in quantizers.drop_unreached():
-            self.record.skipped[str(edge)] = "activation that no calibration sample reached"
-        if quantizers.names:
-            layers = {
-                path: layer for path, layer in model.named_modules() if isinstance(layer, QuantModule)
-            }
-            round_biases(layers, self.prepared.flow, quantizers)
-            quantizers.attach(model)
-        if self.prepared.timesteps is not None and context.grids.by_timestep:
-            self.prepared.timesteps.attach(model)
+        self._quantize(self.plan, self.record, self.journal, self.work, "quantizing blocks")
 
-    def _start_walk(self, quantizers: ActivationQuantizers, exact: bool) -> Walk:
-        """Record what flows between the blocks; edges between them are calibrated on the way."""
-        model, blocks, grids = self.prepared.model, self.prepared.blocks, self.prepared.context.grids
-        moments = self._moments()
+    def _quantize(self, plan: Plan, record: RunRecord, journal: Journal, folder: Path, label: str) -> None:
+        Quantization(plan, self.task, self.prepared, record, self.meter, folder).run(journal, label)
 
-        def calibrate(edge: Edge, tensors: list[Tensor]) -> TensorFunction:
-            observer = self.plan.observer(grids.edges[edge])
-            for tensor, moment in zip(tensors, moments, strict=True):
-                with at(moment):
-                    observer.update(tensor)
-            quantizers[edge].set_range(*observer.range())
-            self.record.activations.append(between_record(edge, quantizers[edge], tensors, moments))
-            return quantizers[edge].forward
+    def _journal(self, folder: Path) -> Journal:
+        return Journal(folder, self.marks, self.resume, self.plan.registry.attachment)
 
-        between = {
-            edge: calibrate
-            for edge in grids.edges
-            if not any(inside(edge.site.owner, block.path) for block in blocks)
-        }
-        forward = partial(self.task.forward, model)
-        budget = self.plan.recipe.memory_gib
-        size = half_of_memory() if budget is None else round(budget * 2**30)
-        store = Store(size, self.work)
-        return Walk(blocks, self.prepared.samples, forward, between, exact, store, moments)
-
-    def _moments(self) -> list[Moment | None]:
-        """The timestep that each calibration sample is of."""
-        samples, timesteps = self.prepared.samples, self.prepared.timesteps
-        if timesteps is None:
-            return [None] * len(samples)
-        return [timesteps.moment(self.task.timestep(sample)) for sample in samples]  # type: ignore[arg-type]
-
-    def _quantize_block(
-        self,
-        io: BlockIO,
-        steps: list[Step],
-        quantizers: ActivationQuantizers,
-        exact: list[list[Tensor]] | None,
-    ) -> tuple[BlockResult, list[list[Tensor]]]:
-        """Run the steps on one block; its figures, and what flows into the next."""
-        block = io.block
-        originals = block.layers()
-        with self.meter.measure() as measurement:
-            calibration = Calibration(
-                block, io, self.prepared.context.grids, self.plan.observer, exact, self._masks
-            )
-            targets = calibration.targets
-            if not all(step.data_free for step in steps):
-                audit.check_reached(block, calibration, self.prepared.context, self.task.min_tokens)
-            for step in steps:
-                step.transform(block, calibration)
-            for step in steps:
-                step.before(block, calibration)
-            calibration.quantize_edges(quantizers)
-            for step in steps:
-                step.block(block, calibration)
-            counted = CountClipped(calibration.quantizers)
-            io.functions = counted.functions()
-            outputs = io.run_tensors()
-            error = audit.relative_error(outputs, targets, block.path)
-            layers = audit.layer_records(block, originals, calibration)
-            for layer in block.quantized_layers().values():
-                layer.release()
-        figures = BlockRecord(
-            block.path,
-            error,
-            measurement.seconds,
-            measurement.peak_memory_bytes,
-            audit.thinned(calibration.losses),
-        )
-        activations = [*counted.records(block.path), *input_records(block)]
-        return BlockResult(figures, layers, activations), outputs
+    def _measure(self, judged: Judged) -> dict[str, float]:
+        """The metrics of the model as it now is."""
+        self.task.judged = judged
+        return self.task.evaluate(self.prepared.model)
 
     def finish(self) -> None:
         """Measure the quantized model, and write everything into the staging folder."""
         model, record = self.prepared.model, self.record
         staging = files.folder(self.work / "artifact", empty=True)
         with self.phase("metrics after"):
-            record.after = self.task.evaluate(model)
+            record.after = self._measure("quantized")
             record.figures = self.task.figures()
         with self.phase("save and load back"):
             self._save(model, staging)

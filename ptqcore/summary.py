@@ -16,7 +16,7 @@ def summarize(record: RunRecord, folder: Path) -> str:
         f"peak memory {record.peak_memory_bytes / 1e9:.2f} GB, "
         f"{len(record.layers)} layers quantized ({record.coverage:.0%} of the weights inside the blocks), "
         f"{len(record.skipped)} left in full precision",
-        *(_row(name, f"{record.before[name]:.5g} -> {value:.5g}") for name, value in record.after.items()),
+        *(_row(name, _metric(record, name)) for name in record.after),
         _row("size", f"{_size(before)} -> {_size(after)} ({before / after:.2f}x smaller)"),
         _row("artifact", str(folder)),
         _row("report", str(folder / "report.html")),
@@ -29,6 +29,11 @@ def summarize(record: RunRecord, folder: Path) -> str:
                 lines.append(_row("", f"warning: {warning}"))
         lines += [_row("", note) for note in export.notes]
     return "\n".join(lines)
+
+
+def _metric(record: RunRecord, name: str) -> str:
+    text = f"{record.before[name]:.5g} -> {record.after[name]:.5g}"
+    return f"{text} (naive baseline {record.baseline[name]:.5g})" if record.baseline else text
 
 
 def _row(name: str, text: str) -> str:

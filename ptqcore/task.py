@@ -3,13 +3,16 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from ptqcore.report.figures import Curves, Pictures
 from ptqcore.timesteps import Unseen
+
+Judged = Literal["full precision", "naive baseline", "quantized"]
+"""The models that a run measures, in this order; the second only with `evaluate.baseline`."""
 
 
 class TaskOptions(BaseModel):
@@ -39,6 +42,9 @@ class Task(ABC):
     """The parameter of the model's `forward` that is given the timestep, where there is one."""
     unseen_timesteps: Unseen = "nearest"
     """What the deployed model does about timesteps that the calibration samples are not of."""
+    judged: Judged = "full precision"
+    """Which model `evaluate` is given; the run says so before every call. The naive baseline is the model
+    rounded to nearest, with the recipe's grids and no other step."""
 
     def __init__(self, options: TaskOptions, seed: int, workspace: Path) -> None:
         """Args:
@@ -68,12 +74,14 @@ class Task(ABC):
         """Metrics of a model, by name; the names never differ from call to call.
 
         The first call of a run is with the full-precision model: figures that compare (agreement,
-        divergence) take its outputs as reference, and are perfect in that call.
+        divergence) take its outputs as reference, and are perfect in that call. Then comes the naive
+        baseline, if the recipe wants one, and last the quantized model; `judged` says which it is.
         """
 
     def figures(self) -> Sequence[Curves | Pictures]:
-        """What can be looked at of the results, for the report; called once, after the last `evaluate`,
-        so of the quantized model. The same for the same recipe."""
+        """What can be looked at of the results, for the report; called once, after the last `evaluate`.
+        To set models side by side, keep what `evaluate` finds, by `judged`. The same for the same recipe.
+        """
         return ()
 
     @abstractmethod

@@ -22,6 +22,17 @@ METRIC_CARDS = 6
 
 
 @dataclass(frozen=True)
+class Metric:
+    """A metric of full precision, of the naive baseline, and of the quantized model; what became of it."""
+
+    name: str
+    before: str
+    baseline: str
+    after: str
+    change: str
+
+
+@dataclass(frozen=True)
 class Card:
     """A headline figure: what it is, how it went, and what to make of it."""
 
@@ -134,8 +145,8 @@ def _size_unit(count: float) -> tuple[float, str]:
 
 def _cards(record: RunRecord) -> list[Card]:
     cards = [
-        Card(name, f"{before} → {after}", delta)
-        for name, before, after, delta in _metrics(record)[:METRIC_CARDS]
+        Card(metric.name, f"{metric.before} → {metric.after}", metric.change)
+        for metric in _metrics(record)[:METRIC_CARDS]
     ]
     sizes = dict(record.size_bytes)
     if "before" in sizes and "after" in sizes:
@@ -157,13 +168,15 @@ def _ratio(before: float, after: float) -> str:
     return f"{number(before / after)}\N{MULTIPLICATION SIGN} smaller"
 
 
-def _metrics(record: RunRecord) -> list[tuple[str, str, str, str]]:
-    """Name, before, after and change of every metric that either evaluation has."""
-    rows = []
-    for name in dict.fromkeys([*record.before, *record.after]):
+def _metrics(record: RunRecord) -> list[Metric]:
+    """Every metric that any evaluation has."""
+    found = []
+    for name in dict.fromkeys([*record.before, *record.baseline, *record.after]):
         before, after = record.before.get(name), record.after.get(name)
-        rows.append((name, _optional_number(before), _optional_number(after), change(before, after)))
-    return rows
+        baseline = _optional_number(record.baseline.get(name))
+        shown = _optional_number(before), baseline, _optional_number(after)
+        found.append(Metric(name, *shown, change(before, after)))
+    return found
 
 
 def _layer_charts(layers: Sequence[LayerRecord]) -> dict[str, Chart]:

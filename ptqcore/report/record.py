@@ -123,7 +123,9 @@ class ExportRecord:
 class RunRecord:
     """Everything the metrics file and the report say about one run.
 
-    coverage: share of the weights inside the blocks that were quantized.
+    before, baseline, after: the metrics of the model in full precision, of the naive baseline (empty
+    without one), and of the quantized model. coverage: share of the weights inside the blocks that were
+    quantized.
     figures: what the task shows of its results; in the report alone.
     """
 
@@ -131,6 +133,7 @@ class RunRecord:
     recipe: str
     description: str = ""
     before: dict[str, float] = field(default_factory=dict)
+    baseline: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
     figures: Sequence[Curves | Pictures] = ()
     size_bytes: dict[str, int] = field(default_factory=dict)
@@ -154,6 +157,7 @@ class RunRecord:
             "plugin": self.plugin,
             "recipe": self.recipe,
             "before": self.before,
+            **({"baseline": self.baseline} if self.baseline else {}),
             "after": self.after,
             "size_bytes": self.size_bytes,
             "coverage": self.coverage,

@@ -205,7 +205,7 @@ def test_what_is_refused_is_refused_in_one_sentence_before_anything_is_quantized
     name, exporter, folder, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(CausalLM, "evaluate", lambda *_: {})
-    monkeypatch.setattr("ptqcore.run.Walk", lambda *_: pytest.fail("blocks are walked"))
+    monkeypatch.setattr("ptqcore.quantization.Walk", lambda *_: pytest.fail("blocks are walked"))
     with pytest.raises(ExportError, match=f"^export {exporter}.*{ROWS[name].refused[exporter]}") as caught:
         run(ROWS[name], [exporter], folder, tmp_path)
     assert "\n" not in str(caught.value)

@@ -1,0 +1,164 @@
+"""The steps of a recipe over a loaded model: every block is handed to every step, in order."""
+
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from ptqcore import audit
+from ptqcore.activation_audit import CountClipped, between_record, input_records
+from ptqcore.biases import round_biases
+from ptqcore.calibration import Calibration
+from ptqcore.dataflow import inside
+from ptqcore.edges import ActivationQuantizers, TensorFunction
+from ptqcore.journal import BlockResult, Journal
+from ptqcore.meter import Meter
+from ptqcore.modules import QuantModule
+from ptqcore.placement import Edge
+from ptqcore.plan import Plan
+from ptqcore.preparation import Prepared, check_exports
+from ptqcore.progress import track
+from ptqcore.report.record import BlockRecord, RunRecord
+from ptqcore.spans import SpanWalk
+from ptqcore.step import Step
+from ptqcore.store import Store, half_of_memory
+from ptqcore.task import Task
+from ptqcore.timesteps import Moment, at
+from ptqcore.walk import BlockIO, Walk
+
+
+class Quantization:
+    """A prepared model on its way to a quantized one, changed in place."""
+
+    def __init__(
+        self, plan: Plan, task: Task, prepared: Prepared, record: RunRecord, meter: Meter, folder: Path
+    ) -> None:
+        """Args:
+        plan: whose steps are walked, and whose formats must be able to hold the result.
+        task: of the run.
+        prepared: the model and its data.
+        record: takes the figures of blocks, layers and activations, and the time of each phase.
+        meter: of the run.
+        folder: for activations that memory has no room for.
+        """
+        self.plan, self.task, self.prepared = plan, task, prepared
+        self.record, self.meter, self.folder = record, meter, folder
+        self._masks = [task.mask(sample) for sample in prepared.samples]
+
+    def run(self, journal: Journal, label: str) -> None:
+        """Walk once over all blocks.
+
+        Args:
+            journal: takes finished blocks; those that an earlier run finished are taken from it.
+            label: what progress is shown as.
+
+        Raises:
+            PtqError: if a step, or a format, refuses the model.
+        """
+        model, context, samples = self.prepared.model, self.prepared.context, self.prepared.samples
+        steps = self.plan.steps(context)
+        with self.meter.phase("prepare", self.record.phases):
+            for step in steps:
+                step.prepare(model, self.prepared.flow, partial(self.task.forward, model, samples[0]))
+        check_exports(self.plan, self.prepared, steps)
+        quantizers = ActivationQuantizers({edge: q.spec for edge, q in context.grids.edges.items()})
+        with self.meter.phase("capture", self.record.phases):
+            walk = self._start_walk(quantizers, any(step.needs_exact for step in steps))
+        for result in track(SpanWalk(walk, steps, journal, quantizers, self._quantize_block), label):
+            self.record.blocks.append(result.block)
+            self.record.layers.extend(result.layers)
+            self.record.activations.extend(result.activations)
+        self.record.phases["quantize blocks"] = sum(block.seconds for block in self.record.blocks)
+        for step in steps:
+            step.finish(model)
+        audit.check_done(walk.blocks, context)
+        self.record.coverage = audit.check_coverage(walk.blocks, context, self.task.least_coverage)
+        self.record.skipped = audit.left_alone(model, context)
+        self._attach(quantizers)
+
+    def _attach(self, quantizers: ActivationQuantizers) -> None:
+        """Make every forward pass of the model round its activations, at its timestep."""
+        model = self.prepared.model
+        for edge in quantizers.drop_unreached():
+            self.record.skipped[str(edge)] = "activation that no calibration sample reached"
+        if quantizers.names:
+            layers = {
+                path: layer for path, layer in model.named_modules() if isinstance(layer, QuantModule)
+            }
+            round_biases(layers, self.prepared.flow, quantizers)
+            quantizers.attach(model)
+        if self.prepared.timesteps is not None and self.prepared.context.grids.by_timestep:
+            self.prepared.timesteps.attach(model)
+
+    def _start_walk(self, quantizers: ActivationQuantizers, exact: bool) -> Walk:
+        """Record what flows between the blocks; edges between them are calibrated on the way."""
+        model, blocks, grids = self.prepared.model, self.prepared.blocks, self.prepared.context.grids
+        moments = self._moments()
+
+        def calibrate(edge: Edge, tensors: list[Tensor]) -> TensorFunction:
+            observer = self.plan.observer(grids.edges[edge])
+            for tensor, moment in zip(tensors, moments, strict=True):
+                with at(moment):
+                    observer.update(tensor)
+            quantizers[edge].set_range(*observer.range())
+            self.record.activations.append(between_record(edge, quantizers[edge], tensors, moments))
+            return quantizers[edge].forward
+
+        between = {
+            edge: calibrate
+            for edge in grids.edges
+            if not any(inside(edge.site.owner, block.path) for block in blocks)
+        }
+        forward = partial(self.task.forward, model)
+        budget = self.plan.recipe.memory_gib
+        size = half_of_memory() if budget is None else round(budget * 2**30)
+        store = Store(size, self.folder)
+        return Walk(blocks, self.prepared.samples, forward, between, exact, store, moments)
+
+    def _moments(self) -> list[Moment | None]:
+        """The timestep that each calibration sample is of."""
+        samples, timesteps = self.prepared.samples, self.prepared.timesteps
+        if timesteps is None:
+            return [None] * len(samples)
+        return [timesteps.moment(self.task.timestep(sample)) for sample in samples]  # type: ignore[arg-type]
+
+    def _quantize_block(
+        self,
+        io: BlockIO,
+        steps: list[Step],
+        quantizers: ActivationQuantizers,
+        exact: list[list[Tensor]] | None,
+    ) -> tuple[BlockResult, list[list[Tensor]]]:
+        """Run the steps on one block; its figures, and what flows into the next."""
+        block = io.block
+        originals = block.layers()
+        with self.meter.measure() as measurement:
+            calibration = Calibration(
+                block, io, self.prepared.context.grids, self.plan.observer, exact, self._masks
+            )
+            targets = calibration.targets
+            if not all(step.data_free for step in steps):
+                audit.check_reached(block, calibration, self.prepared.context, self.task.min_tokens)
+            for step in steps:
+                step.transform(block, calibration)
+            for step in steps:
+                step.before(block, calibration)
+            calibration.quantize_edges(quantizers)
+            for step in steps:
+                step.block(block, calibration)
+            counted = CountClipped(calibration.quantizers)
+            io.functions = counted.functions()
+            outputs = io.run_tensors()
+            error = audit.relative_error(outputs, targets, block.path)
+            layers = audit.layer_records(block, originals, calibration)
+            for layer in block.quantized_layers().values():
+                layer.release()
+        figures = BlockRecord(
+            block.path,
+            error,
+            measurement.seconds,
+            measurement.peak_memory_bytes,
+            audit.thinned(calibration.losses),
+        )
+        activations = [*counted.records(block.path), *input_records(block)]
+        return BlockResult(figures, layers, activations), outputs
