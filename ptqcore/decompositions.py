@@ -10,12 +10,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+_T = TypeVar("_T")
 
 
 def decomposed() -> TorchFunctionMode:
@@ -24,6 +26,16 @@ def decomposed() -> TorchFunctionMode:
     Enter it after the mode that is to see the steps.
     """
     return _Decomposing()
+
+
+def in_steps(run: Callable[[], _T]) -> Callable[[], _T]:
+    """The same run, in which functions that hide products are computed in steps."""
+
+    def computed() -> _T:
+        with decomposed():
+            return run()
+
+    return computed
 
 
 def attention(
@@ -163,8 +175,8 @@ _IN_STEPS: dict[Callable[..., Any], Callable[..., Any]] = {
 class _Decomposing(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        in_steps = _IN_STEPS.get(func)
-        if in_steps is None or (in_steps is einsum and not _is_product(*args, **kwargs)):
+        steps = _IN_STEPS.get(func)
+        if steps is None or (steps is einsum and not _is_product(*args, **kwargs)):
             return func(*args, **kwargs)
         with self:  # its steps may hide products too
-            return in_steps(*args, **kwargs)
+            return steps(*args, **kwargs)

@@ -277,6 +277,20 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     for other, module in list(model.named_modules(remove_duplicate=False)):
         if module is old:
             model.set_submodule(other, new)
+    _keep_from_fast_paths(model, new)
+
+
+def _keep_from_fast_paths(model: nn.Module, layer: nn.Module) -> None:
+    """PyTorch's transformer encoders hand the weights of their layers to one kernel, which would pass over
+    what a layer does to its input: let those that hold this layer call it."""
+    for module in model.modules():
+        encoder = isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer)
+        if not encoder or all(child is not layer for child in module.modules()):
+            continue
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+        else:
+            module.activation_relu_or_gelu = 0  # type: ignore[assignment]
 
 
 def state_bytes(module: nn.Module) -> int:

@@ -139,7 +139,7 @@ class _Placement:
         if moves(op) or op.name == "relu":
             self._move_up(op)
         if self._integer(op):
-            self.needed.update(self._variable_inputs(op))
+            self.needed.update(self._factors(op) if op.name in PRODUCTS else self._variable_inputs(op))
 
     def _move_up(self, op: Op) -> None:
         """What only moves values needs no grid of its own where its input can have one."""
@@ -173,7 +173,7 @@ class _Placement:
         if op.name in LAYERS:
             return op.site.owner in self.targets
         if op.name in PRODUCTS:
-            return len(self._variable_inputs(op)) > 1
+            return len(self._factors(op)) > 1
         if op.name not in ARITHMETIC:
             return False
         merges = op.name in {"add", "sub", "mul"}
@@ -191,6 +191,11 @@ class _Placement:
             and any(self._reaches_grid(output) for output in reader.outputs)
             for reader in readers
         )
+
+    def _factors(self, op: Op) -> list[int]:
+        """What a product multiplies; `baddbmm` adds its first tensor, a mask as a rule, to the product."""
+        multiplied = op.inputs[1:] if op.name == "baddbmm" else op.inputs
+        return [number for number in multiplied if number in self.variable]
 
     def _variable_inputs(self, op: Op) -> list[int]:
         return [number for number in dict.fromkeys(op.inputs) if number in self.variable]

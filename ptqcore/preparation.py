@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ptqcore import audit
 from ptqcore.blocks import Block, find_blocks
 from ptqcore.dataflow import Dataflow, inside, tensors_in, trace
+from ptqcore.decompositions import in_steps
 from ptqcore.errors import ExportError, ModelError
 from ptqcore.flowmap import Folding, map_network
 from ptqcore.folding import find_norms, fold, relative_difference
@@ -58,7 +59,9 @@ def prepare(plan: Plan, task: Task, model: nn.Module, samples: Sequence[Any]) ->
         PtqError: if the recipe does not fit the model.
     """
     recipe = plan.recipe
-    flow, folding = _trace(model, partial(task.forward, model, samples[0]))
+    run: Callable[[], object] = partial(task.forward, model, samples[0])
+    rounds_between = recipe.quant.scope == "dataflow" and recipe.quant.activations is not None
+    flow, folding = _trace(model, in_steps(run) if rounds_between else run)
     others = (partial(task.forward, model, samples[index]) for index in range(1, len(samples)))
     excluded = audit.never_called(model, flow, others) | task.excluded(model)
     targets = audit.check_targets(model, recipe.quant, excluded)
