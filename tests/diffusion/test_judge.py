@@ -1,5 +1,7 @@
 """How a quantized denoiser is judged: figures in closed form, and what a run shows of them."""
 
+import json
+
 import pytest
 import tiny_pipelines
 import torch
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import ptqcore
-from ptq_diffusion.figures import MOST_RANGES, image_rows, range_curves, temporal_curves, trajectory_curve
+from ptq_diffusion.figures import MOST_RANGES, image_rows, range_curves, temporal_curves, trajectory_curves
 from ptq_diffusion.judge import mismatch, relative_error, temporal_error, temporal_errors
 from ptqcore import Curves, FakeQuant, Pictures, QuantLinear, QuantSpec, Recipe, Timesteps
 from ptqcore.recipe import validate
@@ -82,18 +84,25 @@ def test_the_relative_error_is_that_of_squares() -> None:
 # Figures
 
 
-def test_the_trajectory_is_shown_step_by_step() -> None:
-    shown = trajectory_curve([0.5, 0.25])
+def test_the_trajectories_are_shown_step_by_step() -> None:
+    shown = trajectory_curves({"naive baseline": [0.5, 0.25], "quantized": [0.25, 0.125]})
     assert list(shown.x) == [1, 2]
-    assert shown.series == {"quantized": [0.5, 0.25]}
+    assert shown.series == {"naive baseline": [0.5, 0.25], "quantized": [0.25, 0.125]}
 
 
 def test_the_temporal_error_is_shown_as_mean_and_worst_of_each_timestep() -> None:
+    naive = {"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([2.0, 0.5])}
     errors = {"a": torch.tensor([0.25, 0.0]), "b": torch.tensor([0.75, 1.0])}
-    shown = temporal_curves(errors, torch.tensor([1.0, 41.5]))
+    shown = temporal_curves({"naive baseline": naive, "quantized": errors}, torch.tensor([1.0, 41.5]))
     assert shown.x == [1.0, 41.5]
-    assert shown.series == {"mean of 2 temporal features": [0.5, 0.5], "worst of them": [0.75, 1.0]}
-    assert shown.note.endswith("Worst: b at timestep 41.5.")
+    assert shown.series == {
+        "naive baseline: mean": [1.5, 0.75],
+        "naive baseline: worst": [2.0, 1.0],
+        "quantized: mean": [0.5, 0.5],
+        "quantized: worst": [0.75, 1.0],
+    }
+    assert "of 2 temporal features" in shown.note
+    assert shown.note.endswith("Worst of the quantized model: b at timestep 41.5.")
 
 
 def with_ranges(widths: list[list[float]]) -> nn.Sequential:
@@ -142,26 +151,38 @@ def test_the_first_images_are_shown() -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run on a tiny denoiser of random weights: its record, and the page."""
-    folder = tmp_path_factory.mktemp("run")
-    DDIMPipeline(tiny_pipelines.unet(), DDIMScheduler()).save_pretrained(folder / "pipeline")
+def quantized(tmp_path_factory):
+    """Runs on a tiny denoiser of random weights: `quantized(*steps, baseline=…)`, a record and the page."""
+    pipeline = tmp_path_factory.mktemp("pipeline")
+    DDIMPipeline(tiny_pipelines.unet(), DDIMScheduler()).save_pretrained(pipeline)
     small = {"steps": STEPS, "calibration_samples": 8, "calibration_keep": 4, "samples": 4, "batch": 8}
-    data = {
-        "name": "x",
-        "task": {"kind": "denoising", "pipeline": str(folder / "pipeline"), **small},
-        "quant": {
-            "weights": {"bits": 4, "symmetric": False, "granularity": "channel"},
-            "activations": {"bits": 8, "symmetric": False},
-        },
-        "steps": ["finite-set-calibration", "round"],
-    }
-    record = ptqcore.quantize(validate(Recipe, data), "diffusion", folder / "out")
-    return record, (folder / "out" / "report.html").read_text(encoding="utf-8")
+    done = {}
+
+    def run(*steps, baseline=False):
+        if (steps, baseline) not in done:
+            data = {
+                "name": "x",
+                "task": {"kind": "denoising", "pipeline": str(pipeline), **small},
+                "quant": {
+                    "weights": {"bits": 4, "symmetric": False, "granularity": "channel"},
+                    "activations": {"bits": 8, "symmetric": False},
+                },
+                "steps": list(steps),
+                "evaluate": {"baseline": baseline},
+            }
+            folder = tmp_path_factory.mktemp("run")
+            record = ptqcore.quantize(validate(Recipe, data), "diffusion", folder)
+            done[steps, baseline] = record, (folder / "report.html").read_text(encoding="utf-8"), folder
+        return done[steps, baseline]
+
+    return run
 
 
-def test_the_figures_of_a_run_are_of_the_quantized_denoiser(finished):
-    record, _ = finished
+FSC = "finite-set-calibration"
+
+
+def test_the_figures_of_a_run_are_of_the_quantized_denoiser(quantized):
+    record, _, _ = quantized(FSC, "round")
     images, trajectory, temporal, ranges = record.figures
     assert isinstance(images, Pictures)
     assert list(images.rows) == ["full precision", "quantized"]
@@ -176,12 +197,40 @@ def test_the_figures_of_a_run_are_of_the_quantized_denoiser(finished):
     assert "down_blocks.0.resnets.0.time_emb_proj and 7 more" in ranges.series
 
 
-def test_they_stand_in_the_report(finished):
-    record, page = finished
+def test_the_naive_baseline_stands_between_full_precision_and_the_result(quantized):
+    record, _, folder = quantized(FSC, "round", baseline=True)
+    images, trajectory, temporal, ranges = record.figures
+    assert list(images.rows) == ["full precision", "naive baseline", "quantized"]
+    assert list(trajectory.series) == ["naive baseline", "quantized"]
+    first, *others = (torch.stack(list(row)) for row in images.rows.values())
+    metrics = [record.baseline, record.after]
+    for row, curve, found in zip(others, trajectory.series.values(), metrics, strict=True):
+        assert float((first - row).square().mean()) == pytest.approx(found["image_error"])
+        assert curve[(STEPS - 1) // 2] == found["trajectory_error"] > 0
+    means = [temporal.series[f"{judged}: mean"] for judged in ("naive baseline", "quantized")]
+    assert [sum(mean) / STEPS for mean in means] == pytest.approx(
+        [one["temporal_error"] for one in metrics]
+    )
+    assert ranges.series == quantized(FSC, "round")[0].figures[-1].series
+    assert json.loads((folder / "metrics.json").read_text())["baseline"] == record.baseline
+
+
+def test_the_naive_baseline_is_the_denoiser_rounded_to_nearest_and_changes_nothing_else(quantized):
+    record, _, folder = quantized(FSC, "round", baseline=True)
+    plain, alone = quantized("round")[0], quantized(FSC, "round")
+    assert record.baseline == plain.after != record.after
+    assert record.after == alone[0].after
+    files = [(place / "model.safetensors").read_bytes() for place in (folder, alone[2])]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(("baseline", "rows"), [(False, 2), (True, 3)])
+def test_figures_stand_in_the_report(quantized, baseline, rows):
+    record, page, _ = quantized(FSC, "round", baseline=baseline)
     results = page[page.index('<section id="results">') :]
     results = results[: results.index("</section>")]
     for figure in record.figures:
         assert f"<h3>{figure.title}</h3>" in results
         assert str(figure.draw().svg) in results
-    assert results.count("<img") == 8
+    assert results.count("<img") == 4 * rows
     assert results.count("<svg") == sum(isinstance(figure, Curves) for figure in record.figures) == 3

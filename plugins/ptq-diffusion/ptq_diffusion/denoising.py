@@ -112,10 +112,10 @@ class Denoising(Task):
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """What `Judge` measures, of images of the same seeds."""
-        return self._judge.measure(model)
+        return self._judge.measure(model, self.judged)
 
     def figures(self) -> Sequence[Curves | Pictures]:
-        """What `Judge` shows of the denoiser that was measured last."""
+        """What `Judge` shows of the denoisers that were measured."""
         return self._judge.figures()
 
     def save_assets(self, folder: Path) -> None:

@@ -11,36 +11,40 @@ MOST_IMAGES = 10
 MOST_RANGES = 6
 
 
-def trajectory_curve(errors: Sequence[float]) -> Curves:
-    """The relative squared difference of the states after every step."""
+def trajectory_curves(errors: Mapping[str, Sequence[float]]) -> Curves:
+    """The relative squared difference of the states after every step: model → [steps]."""
     return Curves(
         "Trajectory error",
-        range(1, len(errors) + 1),
-        {"quantized": errors},
+        range(1, max(map(len, errors.values())) + 1),
+        errors,
         "step of the sampler",
         "relative squared difference",
         "How far the states of sampling are from those of the full-precision model, which began the same.",
     )
 
 
-def temporal_curves(errors: Mapping[str, Tensor], timesteps: Tensor) -> Curves:
+def temporal_curves(errors: Mapping[str, Mapping[str, Tensor]], timesteps: Tensor) -> Curves:
     """The mean and the worst of the temporal features.
 
     Args:
-        errors: path → 1 − cos [timesteps].
+        errors: model → path → 1 − cos [timesteps].
+        timesteps: rising.
     """
-    table = torch.stack(list(errors.values()))
+    tables = {model: torch.stack(list(features.values())) for model, features in errors.items()}
+    last, table = list(tables.items())[-1]
     feature, at = divmod(int(table.argmax()), table.shape[1])
+    series = {}
+    for model, each in tables.items():
+        series[f"{model}: mean"] = each.mean(0).tolist()
+        series[f"{model}: worst"] = each.amax(0).tolist()
     return Curves(
         "Temporal error",
         timesteps.tolist(),
-        {
-            f"mean of {len(table)} temporal features": table.mean(0).tolist(),
-            "worst of them": table.amax(0).tolist(),
-        },
+        series,
         "timestep",
         "1 - cosine to the full-precision feature",
-        f"Sampling goes from right to left. Worst: {list(errors)[feature]} at timestep {timesteps[at]:g}.",
+        f"Mean and worst of {len(table)} temporal features. Sampling goes from right to left. Worst of the "
+        f"{last} model: {list(errors[last])[feature]} at timestep {timesteps[at]:g}.",
     )
 
 

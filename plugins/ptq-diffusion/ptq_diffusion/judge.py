@@ -1,6 +1,7 @@
 """How a quantized denoiser is judged: by its temporal features, its trajectories and its images."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -10,7 +11,7 @@ from ptq_diffusion.calls import DenoiserCall
 from ptq_diffusion.classifier import Classifier, load_classifier
 from ptq_diffusion.drawing import SamplingOptions
 from ptq_diffusion.features_of_time import temporal_features
-from ptq_diffusion.figures import image_rows, range_curves, temporal_curves, trajectory_curve
+from ptq_diffusion.figures import image_rows, range_curves, temporal_curves, trajectory_curves
 from ptq_diffusion.frechet import frechet_distance
 from ptq_diffusion.image_metrics import compare
 from ptq_diffusion.pipelines import Loaded
@@ -18,6 +19,20 @@ from ptq_diffusion.sampling import Samples, sample
 from ptq_diffusion.schedules import timesteps_of
 from ptq_diffusion.temporal import TemporalMap
 from ptqcore import Curves, Pictures
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is shown of one denoiser.
+
+    images: [n, channels, height, width]. trajectory: the error of the states after every step.
+    temporal: path → 1 − cos [timesteps]. ranges: of the inputs of its temporal block.
+    """
+
+    images: Tensor
+    trajectory: list[float]
+    temporal: dict[str, Tensor]
+    ranges: Curves | None
 
 
 class Judge:
@@ -51,10 +66,10 @@ class Judge:
         self._timesteps = torch.unique(timesteps_of(loaded, options))
         self._reference: Samples | None = None
         self._features: dict[str, Tensor] = {}
-        self._figures: list[Curves | Pictures] = []
+        self._seen: dict[str, Seen] = {}
 
-    def measure(self, denoiser: nn.Module) -> dict[str, float]:
-        """The figures of a denoiser; those of the first are perfect."""
+    def measure(self, denoiser: nn.Module, judged: str) -> dict[str, float]:
+        """The metrics of a denoiser, which figures call `judged`; those of the first are perfect."""
         made = sample(self._loaded.with_denoiser(denoiser), self._options, self._seeds, "making images")
         features = self.features(denoiser)
         if self._reference is None:
@@ -62,7 +77,12 @@ class Judge:
         first = self._reference
         half = (len(first.states) - 1) // 2
         trajectory = [relative_error(*pair) for pair in zip(made.states, first.states, strict=True)]
-        self._figures = self._drawn(denoiser, made.images, features, trajectory)
+        self._seen[judged] = Seen(
+            made.images,
+            trajectory,
+            temporal_errors(features, self._features),
+            range_curves(denoiser, self._temporal.block),
+        )
         images = compare(made.images, first.images, self._classifier)
         return {
             "temporal_error": temporal_error(features, self._features),
@@ -78,23 +98,19 @@ class Judge:
         }
 
     def figures(self) -> list[Curves | Pictures]:
-        """Of the denoiser measured last: the trajectory error at every step, the temporal error and the
-        ranges of the temporal block at every timestep, where there are such, and images."""
-        return self._figures
-
-    def _drawn(
-        self, denoiser: nn.Module, images: Tensor, features: dict[str, Tensor], trajectory: list[float]
-    ) -> list[Curves | Pictures]:
-        assert self._reference is not None
+        """Images of all denoisers; of all but the first, the trajectory error at every step and, where
+        there are temporal features, their error at every timestep; of the last, the ranges of the inputs
+        of its temporal block, if it has one for each timestep."""
+        _, *compared = self._seen
+        last = self._seen[compared[-1]]
         found: list[Curves | Pictures] = [
-            image_rows({"full precision": self._reference.images, "quantized": images}),
-            trajectory_curve(trajectory),
+            image_rows({judged: seen.images for judged, seen in self._seen.items()}),
+            trajectory_curves({judged: self._seen[judged].trajectory for judged in compared}),
         ]
-        if features:
-            errors = temporal_errors(features, self._features)
+        if last.temporal:
+            errors = {judged: self._seen[judged].temporal for judged in compared}
             found.append(temporal_curves(errors, self._timesteps))
-        ranges = range_curves(denoiser, self._temporal.block)
-        return found if ranges is None else [*found, ranges]
+        return found if last.ranges is None else [*found, last.ranges]
 
     def features(self, denoiser: nn.Module) -> dict[str, Tensor]:
         """The temporal features of the schedule: path → [timesteps, channels]."""
