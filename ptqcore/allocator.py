@@ -1,4 +1,4 @@
-"""The C library's allocator, told to keep the memory of large tensors that are freed."""
+"""The C library's allocator: whether it keeps the memory of tensors that are freed."""
 
 import ctypes
 import sys
@@ -19,5 +19,18 @@ def keep_freed_memory() -> None:
         library = ctypes.CDLL("libc.so.6")
         library.mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
         library.mallopt(_M_TRIM_THRESHOLD, 2**30)
+    except (OSError, AttributeError):
+        return
+
+
+def give_freed_memory_back() -> None:
+    """Hand memory that was freed to the system, so that a phase does not pay for those before it (glibc).
+
+    Elsewhere this does nothing.
+    """
+    if sys.platform != "linux":
+        return
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):
         return

@@ -124,6 +124,8 @@ class Calibration:
         _ = self.targets
         self._current = False
         self._fresh.clear()
+        for path in self.block.layers():
+            self._grams.pop(path, None)
 
     def refresh(self, paths: Iterable[str]) -> None:
         """Collect the statistics of some layers anew, if they are to be, without the rest of the block:

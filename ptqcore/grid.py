@@ -168,6 +168,10 @@ def _values(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Quant
     return (codes - offset) * _spread(scale, spec)
 
 
+def _raw(codes: Tensor, spec: QuantSpec) -> Tensor:
+    return codes.view(torch.uint8) if spec.is_float else codes.to(torch.uint8)
+
+
 def position(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
     """Where x lies on an integer grid: its code before rounding and clipping, same shape as x."""
     scaled = split_groups(x, spec) / _spread(scale, spec)
@@ -184,8 +188,14 @@ def values(position: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Qua
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
     """Codes of x as uint8, same shape as x: integers 0 … 2^bits − 1, or the bytes of an FP8 format."""
     codes = _codes(split_groups(x, spec), scale, zero_point, spec)
-    raw = codes.view(torch.uint8) if spec.is_float else codes.to(torch.uint8)
-    return merge_groups(raw, spec, _last(x))
+    return merge_groups(_raw(codes, spec), spec, _last(x))
+
+
+def nearest(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Codes of x, as of `quantize`, and their values, as of `dequantize`."""
+    codes = _codes(split_groups(x, spec), scale, zero_point, spec)
+    values = _values(codes, scale, zero_point, spec)
+    return merge_groups(_raw(codes, spec), spec, _last(x)), merge_groups(values, spec, _last(x))
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:

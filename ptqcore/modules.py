@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -274,16 +274,18 @@ def quantizable_layers(module: nn.Module, prefix: str = "") -> dict[str, nn.Modu
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     """Put `new` in the place of a module, at every path where that same module stands."""
     old = model.get_submodule(path)
-    for other, module in list(model.named_modules(remove_duplicate=False)):
-        if module is old:
-            model.set_submodule(other, new)
-    _keep_from_fast_paths(model, new)
+    holders = list(model.modules())
+    for holder in holders:
+        for name, child in list(holder._modules.items()):
+            if child is old:
+                setattr(holder, name, new)
+    _keep_from_fast_paths(holders, new)
 
 
-def _keep_from_fast_paths(model: nn.Module, layer: nn.Module) -> None:
+def _keep_from_fast_paths(modules: Sequence[nn.Module], layer: nn.Module) -> None:
     """PyTorch's transformer encoders hand the weights of their layers to one kernel, which would pass over
     what a layer does to its input: let those that hold this layer call it."""
-    for module in model.modules():
+    for module in modules:
         encoder = isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer)
         if not encoder or all(child is not layer for child in module.modules()):
             continue

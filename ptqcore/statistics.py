@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+_PANEL = 256  # columns
+
 
 class Gram:
     """Streaming XᵀX, mean of X and |X|, smallest and largest value per channel of a layer's input X
@@ -42,7 +44,7 @@ class Gram:
         self.low = torch.minimum(self.low, values.amin(0))
         self.high = torch.maximum(self.high, values.amax(0))
         rows = values.float()
-        self.matrix.addmm_(rows.T, rows)
+        _add_products(self.matrix, rows)
         self.sum += rows.sum(0, dtype=torch.float64)
         self.magnitude += rows.abs().sum(0, dtype=torch.float64)
         self.count += rows.shape[0]
@@ -71,3 +73,12 @@ class Gram:
         if not error:
             return 0.0
         return error / total if total else math.inf
+
+
+def _add_products(matrix: Tensor, rows: Tensor) -> None:
+    """matrix += XᵀX for rows X [tokens, channels]: panels from the diagonal down, then mirrored."""
+    channels = len(matrix)
+    for start in range(0, channels, _PANEL):
+        end = min(start + _PANEL, channels)
+        matrix[start:, start:end].addmm_(rows[:, start:].T, rows[:, start:end])
+        matrix[start:end, end:] = matrix[end:, start:end].T

@@ -1,11 +1,12 @@
 """The tape: what one sample does between and around the blocks of a model, recorded in one pass."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
@@ -16,6 +17,7 @@ from ptqcore.blocks import Block
 from ptqcore.dataflow import Running, Site, tensors_in
 from ptqcore.decompositions import decomposed
 from ptqcore.edges import TensorFunction
+from ptqcore.outline import Outline, standing_in
 from ptqcore.placement import Edge
 from ptqcore.store import Store
 
@@ -36,6 +38,22 @@ class Node:
     function: Callable[..., Any] | None = None
     site: Site | None = None
     outputs: tuple[int, ...] = ()
+
+    def does_as(self, other: "Node") -> bool:
+        """Whether it is the same call, of the same constants and of tensors from the same places."""
+        return (
+            (self.site, self.outputs, self.structure) == (other.site, other.outputs, other.structure)
+            and self.function is other.function
+            and all(map(_same, self.leaves, other.leaves))
+        )
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one is other or (one.dtype == other.dtype and torch.equal(one, other))
+    if isinstance(one, (Tensor, Reference)) or isinstance(other, (Tensor, Reference)):
+        return isinstance(one, Reference) and one == other
+    return one is other or bool(one == other)
 
 
 @dataclass
@@ -73,6 +91,12 @@ class Tape:
             if isinstance(leaf, Reference)
         }
 
+    def does_as(self, other: "Tape") -> bool:
+        """Whether another tape has the same calls; what flows into the first may differ."""
+        return len(self.nodes) == len(other.nodes) and all(
+            one.does_as(node) for one, node in zip(self.nodes, other.nodes, strict=True)
+        )
+
     def forget(self, position: int) -> None:
         """Drop the tensors that no node from `position` on reads."""
         for stream in (self.flowing, self.exact):
@@ -85,13 +109,24 @@ class _Captured(Exception):  # noqa: N818 - a signal that ends a forward pass, n
 
 
 class TapeRecorder(TorchFunctionMode):
-    """Writes the tape of one sample; `early` is done to the tensors in front of the first block."""
+    """Writes the tape of one sample.
+
+    `early` is done to the tensors in front of the first block. With `outlines`, one for each block, blocks
+    are not computed; else `outlines` are found, of blocks that return new tensors alone.
+    """
 
     def __init__(
-        self, blocks: list[Block], exact: bool, store: Store, early: Mapping[Edge, TensorFunction]
+        self,
+        blocks: list[Block],
+        exact: bool,
+        store: Store,
+        early: Mapping[Edge, TensorFunction],
+        outlines: Sequence[Outline] = (),
     ) -> None:
         super().__init__()
         self.tape = Tape()
+        self.outlines: list[Outline | None] = list(outlines)
+        self._standing_in = dict(zip((block.module for block in blocks), outlines, strict=False))
         self._early = edges.by_site(early)
         self._blocks, self._keep_exact, self._store = blocks, exact, store
         self._running = Running()
@@ -117,7 +152,7 @@ class TapeRecorder(TorchFunctionMode):
                 )
             )
         try:
-            with self, decomposed():
+            with standing_in(self._standing_in), self, decomposed():
                 run()
         except _Captured:
             pass
@@ -144,12 +179,18 @@ class TapeRecorder(TorchFunctionMode):
             if index is None or output is None:
                 return
             node = self.tape.nodes[-1]
+            if not self._standing_in:
+                self.outlines.append(self._outline(output))
             node.outputs = tuple(self._number(tensor) for tensor in tensors_in(output))
             self._inside = False
             if index == len(self._blocks) - 1:
                 raise _Captured
 
         return hook
+
+    def _outline(self, output: Any) -> Outline | None:
+        known = any(x in self._numbers or id(x) in self._constants for x in tensors_in(output))
+        return None if known else Outline.of(output)
 
     def _start_block(self, index: int, args: Any, kwargs: Any) -> None:
         if index != self._done:

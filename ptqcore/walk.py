@@ -8,7 +8,6 @@ that any graph of blocks (chains, branches, long skips) is walked with one block
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,15 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_unflatten
 
 from ptqcore import edges
+from ptqcore.allocator import give_freed_memory_back
 from ptqcore.blocks import Block
 from ptqcore.dataflow import Site, tensors_in
 from ptqcore.edges import TensorFunction
 from ptqcore.errors import ModelError
 from ptqcore.placement import Edge
-from ptqcore.progress import track
+from ptqcore.recording import Calibrate, Recording
 from ptqcore.store import Store
-from ptqcore.tape import Node, Reference, Tape, TapeRecorder
+from ptqcore.tape import Node, Reference, Tape
 from ptqcore.timesteps import Moment, at
 
 
@@ -145,9 +145,6 @@ class BlockIO:
         return (tape.exact if exact else tape.flowing)[leaf.number]
 
 
-Calibrate = Callable[[Edge, list[Tensor]], TensorFunction]
-
-
 @dataclass
 class _Held:
     """Where a walk is held: its place, and copies of what flows there, for every sample."""
@@ -192,7 +189,7 @@ class Walk:
         self._moments = moments or [None] * len(samples)
         between = between or {}
         self._between: Mapping[Site, list[tuple[Edge, Calibrate]]] = edges.by_site(between)  # type: ignore[arg-type, assignment]
-        self._tapes = self._capture_all(samples, forward, between)
+        self._tapes = Recording(blocks, samples, forward, self._moments, self._store, exact).tapes(between)
         self._check()
         self._position = self._done = self._furthest = 0
         self._held: _Held | None = None
@@ -201,6 +198,7 @@ class Walk:
         """The inputs of each block in turn; the caller must `advance` with the block's outputs."""
         while self._done < len(self.blocks):
             self._run_between()
+            give_freed_memory_back()
             nodes = [tape.nodes[self._position] for tape in self._tapes]
             yield BlockIO(self.blocks[self._done], self._tapes, nodes, self._store, self._moments)
 
@@ -295,36 +293,6 @@ class Walk:
                         results[sample] = edges.change_outputs(*each, action)
         return results
 
-    def _capture_all(
-        self, samples: Sequence[Any], forward: Callable[[Any], object], between: Mapping[Edge, Calibrate]
-    ) -> list[Tape]:
-        """The tapes of all samples; recorded again if there is an edge in front of the first block."""
-        seen: dict[Edge, list[Tensor]] = {edge: [] for edge in between}
-        early = {edge: partial(_note, tensors) for edge, tensors in seen.items()}
-        tapes = [
-            self._capture(number, samples, forward, early)
-            for number in track(range(len(samples)), "capturing block inputs")
-        ]
-        rounding = {edge: between[edge](edge, tensors) for edge, tensors in seen.items() if tensors}
-        if not rounding:
-            return tapes
-        rounded = [self._capture(number, samples, forward, rounding) for number in range(len(samples))]
-        for tape, plain in zip(rounded, tapes, strict=True):
-            tape.exact = plain.exact
-        return rounded
-
-    def _capture(
-        self,
-        number: int,
-        samples: Sequence[Any],
-        forward: Callable[[Any], object],
-        early: Mapping[Edge, TensorFunction],
-    ) -> Tape:
-        recorder = TapeRecorder(self.blocks, self.exact, self._store, early)
-        with torch.no_grad(), at(self._moments[number]):
-            recorder.record(lambda: forward(samples[number]))
-        return recorder.tape
-
     def _check(self) -> None:
         """Every sample must call each block once, and compute the same functions between them."""
         for index, tape in enumerate(self._tapes):
@@ -338,8 +306,3 @@ class Walk:
                     f"between the blocks, calibration sample {index + 1} takes another way through the "
                     "model than the first: name larger blocks with the recipe key 'blocks'"
                 )
-
-
-def _note(seen: list[Tensor], x: Tensor) -> Tensor:
-    seen.append(x.clone())
-    return x

@@ -344,6 +344,9 @@ def test_integer_error_inside_the_range_is_at_most_half_a_step(x, spec):
 def test_integer_codes_and_zero_points_are_whole_numbers_of_the_grid(x, spec):
     scale, zero_point = fitted(x, spec)
     codes = grid.quantize(x * 3, scale, zero_point, spec)
+    both = grid.nearest(x * 3, scale, zero_point, spec)
+    assert torch.equal(both[0], codes)
+    assert torch.equal(both[1], grid.dequantize(codes, scale, zero_point, spec))
     assert codes.max() <= 2**spec.bits - 1
     if zero_point is not None:
         assert torch.equal(zero_point, zero_point.round())

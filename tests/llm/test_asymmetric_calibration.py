@@ -5,7 +5,7 @@ import tiny_lm
 import torch
 
 import ptqcore
-from ptq_llm.asymmetric_calibration import correction
+from ptq_llm.asymmetric_calibration import corrections
 
 
 def streams(tokens=400, channels=6, noise=0.3):
@@ -16,12 +16,17 @@ def streams(tokens=400, channels=6, noise=0.3):
     return x, x + noise * torch.randn(tokens, channels, generator=generator)
 
 
+def moved(weight, x, other, damping):
+    weight = weight.float()
+    return weight + corrections([weight], other.T @ other, x.T @ other, damping)[0]
+
+
 def test_without_damping_the_weight_is_the_least_squares_solution():
     x, other = streams()
     weight = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
-    moved = weight + weight @ correction(other.T @ other, x.T @ other, 1e-9)
     wanted = torch.linalg.lstsq(other.double(), (x @ weight.T).double()).solution.T
-    torch.testing.assert_close(moved.double(), wanted, rtol=1e-3, atol=1e-3)
+    found = moved(weight, x, other, 1e-9).double()
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_with_damping_it_minimises_the_error_plus_the_weighted_distance():
@@ -34,7 +39,7 @@ def test_with_damping_it_minimises_the_error_plus_the_weighted_distance():
         error = (other.double() @ candidate.T - x.double() @ weight.T).square().sum()
         return float(error + added * (candidate - weight).square().sum())
 
-    best = weight + weight @ correction(other.T @ other, x.T @ other, damping).double()
+    best = moved(weight, x, other, damping).double()
     for seed in range(20):
         step = torch.randn(1, 6, generator=torch.Generator().manual_seed(seed)).double()
         assert objective(best) < objective(best + 1e-2 * step)
@@ -42,13 +47,27 @@ def test_with_damping_it_minimises_the_error_plus_the_weighted_distance():
 
 def test_equal_streams_move_nothing():
     x, _ = streams()
-    assert correction(x.T @ x, x.T @ x, 0.1).abs().max() < 1e-6
+    weight = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(moved(weight, x, x, 0.1), weight)
+
+
+def test_layers_that_read_the_same_inputs_are_moved_as_each_would_be():
+    x, other = streams()
+    weights = [torch.randn(rows, 6, generator=torch.Generator().manual_seed(rows)) for rows in (2, 5)]
+    changes = corrections(weights, other.T @ other, x.T @ other, 0.1)
+    for weight, change in zip(weights, changes, strict=True):
+        torch.testing.assert_close(weight + change, moved(weight, x, other, 0.1))
 
 
 def test_a_channel_that_is_always_zero_is_no_obstacle():
     x, other = streams()
     x[:, 2] = other[:, 2] = 0
-    assert torch.isfinite(correction(other.T @ other, x.T @ other, 0.1)).all()
+    assert torch.isfinite(moved(torch.ones(3, 6), x, other, 0.1)).all()
+
+
+def test_inputs_that_are_tied_and_hardly_damped_are_solved_with_more_damping():
+    x = torch.randn(50, 1, generator=torch.Generator().manual_seed(0)).expand(-1, 6)
+    assert torch.isfinite(moved(torch.ones(3, 6), 2 * x, x, 1e-12)).all()
 
 
 def run(tmp_path, name, steps, quant=None):

@@ -7,8 +7,8 @@ al., arXiv 2504.02692, section 4.1, solved for the whole weight before it is rou
 """
 
 from collections import defaultdict
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -43,6 +43,7 @@ class AsymmetricCalibration(Step):
     def transform(self, block: Block, calibration: Calibration) -> None:
         targets = self.context.targets(block)
         stages = [self._sharing(calibration, paths) for paths in in_sequence(self._flow, block, targets)]
+        calibration.changed()  # so that no Gram is kept meanwhile
         exact = calibration.record([paths[0] for stage in stages for paths in stage], exact=True)
         for stage in stages:
             inputs = calibration.record([paths[0] for paths in stage])
@@ -51,9 +52,12 @@ class AsymmetricCalibration(Step):
                 if not _same_tokens(wanted, found):
                     continue
                 gram, cross = products(calibration, found, found), products(calibration, wanted, found)
-                moving = correction(gram, cross, self.options.damping)
-                for path in paths:
-                    _move(targets[path], moving)
+                del wanted, found
+                layers = [targets[path] for path in paths]
+                weights = [layer.get_parameter("weight").data for layer in layers]
+                changes = corrections(weights, gram, cross, self.options.damping)
+                for layer, weight, change in zip(layers, weights, changes, strict=True):
+                    set_parameter(layer, "weight", (weight.float() + change).to(weight.dtype))
         calibration.changed()
 
     def _sharing(self, calibration: Calibration, paths: list[str]) -> list[list[str]]:
@@ -64,12 +68,6 @@ class AsymmetricCalibration(Step):
         return list(found.values())
 
 
-def _move(layer: nn.Module, moving: Tensor) -> None:
-    weight = layer.get_parameter("weight").data
-    moved = weight.float() + weight.float() @ moving
-    set_parameter(layer, "weight", moved.to(weight.dtype))
-
-
 def _same_tokens(exact: list[Tensor], inputs: list[Tensor]) -> bool:
     """Whether the same tokens came in both streams (a router may send others to an expert)."""
     shapes = [[x.shape for x in stream] for stream in (exact, inputs)]
@@ -78,18 +76,28 @@ def _same_tokens(exact: list[Tensor], inputs: list[Tensor]) -> bool:
 
 def products(calibration: Calibration, one: list[Tensor], other: list[Tensor]) -> Tensor:
     """XᵀX̂ [channels, channels] over the tokens that count, of all samples."""
-    total: Any = 0.0
+    channels = one[0].shape[-1]
+    total = torch.zeros(channels, channels, device=one[0].device)
     for sample, (x, y) in enumerate(zip(one, other, strict=True)):
-        total = total + calibration.counted(x, sample).float().T @ calibration.counted(y, sample).float()
+        total.addmm_(calibration.counted(x, sample).float().T, calibration.counted(y, sample).float())
     return total
 
 
-def correction(gram: Tensor, cross: Tensor, damping: float) -> Tensor:
-    """(XᵀX̂ − H)(H + λ)⁻¹ [channels, channels] for H = X̂ᵀX̂: W times it is what is added to W."""
-    added = damping * float(gram.diagonal().mean())
-    matrix = gram.double()
-    difference = cross.double().sub_(matrix)
-    matrix.diagonal().add_(added)
-    lower = torch.linalg.cholesky(matrix)
-    del matrix
-    return torch.cholesky_solve(difference.T, lower).T.float()
+def corrections(weights: Sequence[Tensor], gram: Tensor, cross: Tensor, damping: float) -> list[Tensor]:
+    """W (XᵀX̂ − H)(H + λ)⁻¹ for every weight [outputs, channels], which is to be added to it.
+
+    Args:
+        weights: of layers that read the same inputs.
+        gram: H = X̂ᵀX̂ [channels, channels]; overwritten.
+        cross: XᵀX̂ [channels, channels]; overwritten.
+        damping: λ, as a share of the mean diagonal of H; ten times it, and so on, where H + λ is singular.
+    """
+    wanted = torch.cat([weight.float() for weight in weights]) @ cross.sub_(gram)
+    mean, added, failed = float(gram.diagonal().mean()), 0.0, True
+    while failed:
+        gram.diagonal().add_(damping * mean - added)
+        added = damping * mean
+        lower, info = torch.linalg.cholesky_ex(gram)
+        failed, damping = bool(info) and damping < 1, damping * 10
+    found = torch.cholesky_solve(wanted.T, lower).T
+    return list(found.split([len(weight) for weight in weights]))

@@ -66,7 +66,9 @@ def factorize(gram: Tensor, damping: float = 0.01, act_order: bool = True) -> Fa
         added = damping * mean
         lower, failed = torch.linalg.cholesky_ex(matrix)
         if not failed and torch.isfinite(lower.diagonal()).all():
+            del matrix
             upper = lower.flip(0, 1)
+            del lower
             roots = upper.diagonal().clone()
             return Factor(gram, added, order, upper.div_(roots), roots.square())
         damping *= 10
@@ -134,9 +136,9 @@ class _Sweep:
     def _round(self, index: int) -> None:
         scale = self.scale[self.group[index]]
         zero_point = None if self.zero_point is None else self.zero_point[self.group[index]]
-        codes = grid.quantize(self.targets[index].unsqueeze(1), scale, zero_point, self.spec)
-        values = grid.dequantize(codes, scale, zero_point, self.spec)[:, 0]
-        self.codes[index] = codes[:, 0]
+        target = self.targets[index].unsqueeze(1)
+        codes, values = (one[:, 0] for one in grid.nearest(target, scale, zero_point, self.spec))
+        self.codes[index] = codes
         self.errors[index] -= values
         self.targets[index] -= values
 
