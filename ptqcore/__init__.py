@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ptqcore.attachments import Attachment as Attachment
     from ptqcore.attachments import attach as attach
     from ptqcore.attachments import attachments_of as attachments_of
+    from ptqcore.attention import split_attention as split_attention
     from ptqcore.blocks import Block as Block
     from ptqcore.calibration import Calibration as Calibration
     from ptqcore.dataflow import Dataflow as Dataflow
@@ -135,6 +136,7 @@ _HOME = {
     "Verification": "report.record",
     "quantize": "run",
     "QuantSpec": "spec",
+    "split_attention": "attention",
     "Gram": "statistics",
     "digest_of": "fingerprint",
     "write_tensors": "files",
