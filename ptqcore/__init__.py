@@ -7,6 +7,7 @@ from ptqcore.version import __version__
 
 if TYPE_CHECKING:
     from ptqcore import grid as grid
+    from ptqcore.added_timesteps import add_timesteps as add_timesteps
     from ptqcore.artifact import Structure as Structure
     from ptqcore.artifact import load as load
     from ptqcore.attachments import Attachment as Attachment
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from ptqcore.packed import QuantizedTensor as QuantizedTensor
     from ptqcore.packed import pack_bits as pack_bits
     from ptqcore.packed import unpack_bits as unpack_bits
+    from ptqcore.placement import Edge as Edge
     from ptqcore.plan import find_recipe as find_recipe
     from ptqcore.plugin import Plugin as Plugin
     from ptqcore.progress import say as say
@@ -73,6 +75,9 @@ if TYPE_CHECKING:
     from ptqcore.step import Step as Step
     from ptqcore.step import StepOptions as StepOptions
     from ptqcore.step import check_globs as check_globs
+    from ptqcore.tables import TimestepTable as TimestepTable
+    from ptqcore.tables import packed_bytes as packed_bytes
+    from ptqcore.tables import replace_by_table as replace_by_table
     from ptqcore.task import Task as Task
     from ptqcore.task import TaskOptions as TaskOptions
     from ptqcore.timesteps import Timesteps as Timesteps
@@ -89,6 +94,10 @@ _HOME = {
     "reconstruct": "reconstruction",
     "Timesteps": "timesteps",
     "timesteps_of": "timesteps",
+    "add_timesteps": "added_timesteps",
+    "TimestepTable": "tables",
+    "packed_bytes": "tables",
+    "replace_by_table": "tables",
     "relative_difference": "folding",
     "Attachment": "attachments",
     "Chain": "step",
@@ -141,6 +150,7 @@ _HOME = {
     "digest_of": "fingerprint",
     "write_tensors": "files",
     "write_text": "files",
+    "Edge": "placement",
     "find_recipe": "plan",
     "BarChart": "report.table_page",
     "TablePage": "report.table_page",

@@ -15,8 +15,9 @@ class Grids:
     """edges: the grid of every rounded tensor between functions, in the scope `dataflow`; ends: the
     first and last layers, which `quant.first_last_bits` is for; bits: layers to whose weights a step
     has given another width; timesteps: those that the calibration samples are of, in rising order;
-    by_timestep: modules whose inputs a step has given a range for each of them; readers: the modules
-    that multiply what is at an edge, or add or join it where none does."""
+    by_timestep: modules whose inputs a step has given a range for each of them; tables: layers that a step
+    replaces by tables with a row for each of them (`ptqcore.TimestepTable`), and those that only such layers
+    read; readers: the modules that multiply what is at an edge, or add or join it where none does."""
 
     quant: QuantSection
     ends: frozenset[str] = frozenset()
@@ -24,6 +25,7 @@ class Grids:
     bits: dict[str, int] = field(default_factory=dict)
     timesteps: tuple[float, ...] = ()
     by_timestep: set[str] = field(default_factory=set)
+    tables: set[str] = field(default_factory=set)
     readers: dict[Edge, frozenset[str]] = field(default_factory=dict)
 
     def weights(self, path: str) -> TensorQuant:

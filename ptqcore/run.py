@@ -25,6 +25,7 @@ from ptqcore.recipe import Recipe
 from ptqcore.report.page import render
 from ptqcore.report.record import ExportRecord, RunRecord
 from ptqcore.restoring import restored
+from ptqcore.tables import table_sizes
 from ptqcore.task import Judged, Task
 from ptqcore.version import __version__
 
@@ -192,6 +193,7 @@ class _Run:
         folded = dict(self.prepared.folding.folded)
         artifact.save(model, staging, self.plan.task_owner, self.task.name, __version__, folded)
         self.record.size_bytes["after"] = (staging / artifact.MODEL_FILE).stat().st_size
+        self.record.size_bytes |= table_sizes(model)
         find = self.plan.registry.attachment
         restored = artifact.restore(staging, lambda _: self.task.build(assets), find)
         sample = self.prepared.samples[0]
