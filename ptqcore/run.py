@@ -1,6 +1,5 @@
 """The corridor: a recipe goes in, an artifact with its exports, metrics and report comes out."""
 
-import gc
 import json
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -151,7 +150,6 @@ class _Run:
                 f"the naive baseline cannot be made: {error}; to go without it, set evaluate.baseline "
                 "to false"
             ) from error
-        gc.collect()  # modules that know each other would stay beside those of the run
 
     def walk(self) -> None:
         """Hand every block to every step, in order; what an earlier run finished is taken from disk."""
