@@ -95,5 +95,13 @@ def describe(model: nn.Module) -> PtqConfig:
     return PtqConfig(Structure.of(model).model_dump(mode="json"))
 
 
+def describe_anew(model: Any) -> None:
+    """Let a denoiser that diffusers has loaded be saved with the structure that it now has."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, PtqQuantizer):
+        quantizer.quantization_config = describe(model)
+        model.register_to_config(quantization_config=quantizer.quantization_config)
+
+
 auto.AUTO_QUANTIZER_MAPPING[Method.PTQCORE.value] = PtqQuantizer
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.PTQCORE.value] = PtqConfig
