@@ -22,7 +22,7 @@ from ptqcore.attachments import AttachmentEntry, FindAttachment, build_attachmen
 from ptqcore.dataflow import Site
 from ptqcore.edges import ActivationQuantizers, quantizers_of
 from ptqcore.errors import ArtifactError, ModelError
-from ptqcore.folding import fold_structure
+from ptqcore.folding import fold_structure, folded_norms
 from ptqcore.modules import QuantModule, quantized_class, replace_module
 from ptqcore.placement import Edge
 from ptqcore.plugin import discover
@@ -106,7 +106,7 @@ class Structure(BaseModel):
     folded: dict[str, str] = {}
 
     @classmethod
-    def of(cls, model: nn.Module, folded: dict[str, str] | None = None) -> "Structure":
+    def of(cls, model: nn.Module) -> "Structure":
         """That of a quantized model."""
         timesteps = timesteps_of(model)
         return cls(
@@ -115,7 +115,7 @@ class Structure(BaseModel):
             edges=describe_edges(model),
             attachments=describe_attachments(model),
             timesteps=None if timesteps is None else TimestepsEntry(**timesteps.settings()),
-            folded=folded or {},
+            folded=folded_norms(model),
         )
 
     def build(self, model: nn.Module, find: FindAttachment | None = None) -> None:
@@ -248,9 +248,7 @@ def load_tensors(module: nn.Module, tensors: dict[str, Tensor], tied: dict[str, 
     module.load_state_dict(state, strict=True, assign=True)
 
 
-def save(
-    model: nn.Module, folder: Path, plugin: str, task: str, core: str, folded: dict[str, str] | None = None
-) -> None:
+def save(model: nn.Module, folder: Path, plugin: str, task: str, core: str) -> None:
     """Write `model.safetensors` and `manifest.json` into a folder.
 
     Raises:
@@ -264,7 +262,7 @@ def save(
         task=task,
         tied=tied,
         sha256=files.digest(folder / MODEL_FILE),
-        **Structure.of(model, folded).model_dump(),
+        **Structure.of(model).model_dump(),
     )
     files.write_text(folder / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
 

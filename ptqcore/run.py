@@ -188,8 +188,7 @@ class _Run:
         assets = files.folder(staging / artifact.ASSETS_FOLDER)
         with files.writing(assets):
             self.task.save_assets(assets)
-        folded = dict(self.prepared.folding.folded)
-        artifact.save(model, staging, self.plan.task_owner, self.task.name, __version__, folded)
+        artifact.save(model, staging, self.plan.task_owner, self.task.name, __version__)
         self.record.size_bytes["after"] = (staging / artifact.MODEL_FILE).stat().st_size
         self.record.size_bytes |= table_sizes(model)
         find = self.plan.registry.attachment
