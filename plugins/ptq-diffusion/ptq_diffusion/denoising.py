@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ptq_diffusion import embedded, pipelines
+from ptq_diffusion.adapters import refuse_adapters
 from ptq_diffusion.calls import DenoiserCall
 from ptq_diffusion.drawing import SamplingOptions
 from ptq_diffusion.judge import Judge
@@ -131,6 +132,7 @@ class Denoising(Task):
             raise ArtifactError(
                 f"{folder / _CONFIG} does not describe a denoiser of diffusers: {error}"
             ) from None
+        refuse_adapters(model)
         return model.eval()
 
     @cached_property
