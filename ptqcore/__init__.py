@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ptqcore.export.base import Exporter as Exporter
     from ptqcore.export.onnx_weight_only import OnnxProduct as OnnxProduct
     from ptqcore.export.onnx_weight_only import OnnxWeightOnly as OnnxWeightOnly
+    from ptqcore.files import digest_files as digest_files
     from ptqcore.files import write_tensors as write_tensors
     from ptqcore.files import write_text as write_text
     from ptqcore.fingerprint import digest_of as digest_of
@@ -67,6 +68,10 @@ if TYPE_CHECKING:
     from ptqcore.report.record import Verification as Verification
     from ptqcore.report.table_page import BarChart as BarChart
     from ptqcore.report.table_page import TablePage as TablePage
+    from ptqcore.report.table_text import Cell as Cell
+    from ptqcore.report.table_text import Spread as Spread
+    from ptqcore.report.table_text import csv_table as csv_table
+    from ptqcore.report.table_text import markdown_table as markdown_table
     from ptqcore.run import quantize as quantize
     from ptqcore.spec import QuantSpec as QuantSpec
     from ptqcore.statistics import Gram as Gram
@@ -148,12 +153,17 @@ _HOME = {
     "split_attention": "attention",
     "Gram": "statistics",
     "digest_of": "fingerprint",
+    "digest_files": "files",
     "write_tensors": "files",
     "write_text": "files",
     "Edge": "placement",
     "find_recipe": "plan",
     "BarChart": "report.table_page",
     "TablePage": "report.table_page",
+    "Cell": "report.table_text",
+    "Spread": "report.table_text",
+    "csv_table": "report.table_text",
+    "markdown_table": "report.table_text",
     "Calibration": "calibration",
     "Context": "step",
     "Dataflow": "dataflow",
