@@ -17,7 +17,7 @@ from torch import nn
 
 import ptq_diffusion
 import ptqcore
-from ptq_diffusion.caching import Caching, prove
+from ptq_diffusion.caching import Caching, prove, with_one_value
 from ptq_diffusion.calls import DenoiserCall
 from ptq_diffusion.features_of_time import TimePath, temporal_features
 from ptqcore import (
@@ -195,10 +195,8 @@ def test_what_was_chosen_is_said(folder, tmp_path, capsys):
     ptqcore.quantize(recipe(folder, [auto()], layers="temporal"), "diffusion", tmp_path / "out")
     said = capsys.readouterr().err
     assert "tiar: 8 temporal features get tables for their size, 0 more for an error above 0.001" in said
-    assert (
-        "tables of 6 timesteps for 8 temporal features, 2.5 kB, in the place of weights of 3.8 kB" in said
-    )
-    assert "2 layers that only they read are left out" in said
+    assert "tables of 6 timesteps for 8 of 8 temporal features, 2.5 kB," in said
+    assert "in the place of weights of 3.8 kB packed; 2 layers that only they read are left out" in said
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -212,14 +210,13 @@ def test_tables_leave_the_outputs_of_nine_denoisers_as_they_were(style):
     with torch.no_grad():
         features = TimePath(model, call, temporal)(known.values)
     grid = TensorQuant(bits=4, granularity="channel")
-    caching = Caching(flow, temporal, layers, lambda _: grid, features)
+    single = with_one_value(layers, lambda: call.copied().run(model))
+    caching = Caching(flow, temporal, single, lambda _: grid, features)
     tables = caching.tables(caching.features)
-    once = {path for path in layers if len(flow.called(path)) == 1}  # all, but for the first block of DiT
-    features = once & set(temporal.features)
-    assert once == layers.keys() or style == "dit"
-    shared = {path for path in once - features if path.replace("linear_1", "linear_2") in once}
+    shared = {path for path in layers if path not in temporal.features}
+    assert layers.keys() == shared | set(temporal.features)
     assert {path: len(table) for path, table in tables.items()} == {
-        path: len(known.values) if path in features else 0 for path in features | shared
+        path: 0 if path in shared else len(known.values) for path in layers
     }
     with known.during(call.times):
         prove(model, tables, lambda: call.copied().run(model))

@@ -46,19 +46,18 @@ class Caching:
         """Args:
         flow: one traced forward pass of the full-precision denoiser.
         temporal: its map.
-        layers: path → layer, of those layers of the temporal block that are to be quantized.
+        layers: path → layer, of the temporal block: those that are to be quantized, `with_one_value`.
         weights: the grid of a layer's weight.
         features: path → temporal feature [timesteps, …] in full precision.
         """
         self._flow, self._temporal, self._features = flow, temporal, features
-        self._layers = {path: layer for path, layer in layers.items() if self._has_one_value(path, layer)}
-        self._packed = {path: packed_bytes(one, weights(path).spec) for path, one in self._layers.items()}
-        self._readers = {path: self._layers_behind(path) for path in self._layers}
+        self._layers = dict(layers)
+        self._packed = {path: packed_bytes(one, weights(path).spec) for path, one in layers.items()}
+        self._readers = {path: self._layers_behind(path) for path in layers}
 
     @property
     def features(self) -> list[str]:
-        """The temporal features that tables can replace: those that have one value a channel, whatever the
-        size and the number of the images."""
+        """The temporal features that tables can replace."""
         return [path for path in self._layers if path in self._features]
 
     def vacant(self, cached: Collection[str]) -> list[str]:
@@ -93,16 +92,8 @@ class Caching:
 
     def _row(self, path: str) -> Tensor:
         """An empty output of a layer, for one row of the batch."""
-        (number,) = self._flow.called(path)[0].outputs
+        number = self._flow.called(path)[0].outputs[0]
         return self._layers[path].get_parameter("weight").new_empty(self._flow.shapes[number][1:])
-
-    def _has_one_value(self, path: str, layer: nn.Module) -> bool:
-        """Whether a layer is called once, and gives each row of the batch one value a channel."""
-        calls = self._flow.called(path)
-        if len(calls) != 1 or len(calls[0].outputs) != 1:
-            return False
-        shape = self._flow.shapes[calls[0].outputs[0]]
-        return len(shape) > 1 and math.prod(shape[1:]) == weight_rows(layer).shape[0]
 
     def _layers_behind(self, path: str) -> set[str]:
         """The layers that read what a layer returns, through functions that are no layers."""
@@ -120,6 +111,35 @@ class Caching:
                     left += [made for made in op.outputs if made not in seen]
                     seen.update(op.outputs)
         return found
+
+
+@torch.no_grad()
+def with_one_value(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[str, nn.Module]:
+    """Those layers that give each row of the batch one value a channel, the same at every call: what they
+    give depends neither on the size nor on the number of images.
+
+    Args:
+        layers: path → layer, of the temporal block.
+        run: a pass of the denoiser.
+    """
+    seen: dict[str, list[Tensor]] = {path: [] for path in layers}
+
+    def note(path: str, _: nn.Module, args: Any, output: Tensor) -> None:
+        seen[path].append(output.clone())
+
+    handles = [layer.register_forward_hook(partial(note, path)) for path, layer in layers.items()]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {path: layer for path, layer in layers.items() if _is_one_value(layer, seen[path])}
+
+
+def _is_one_value(layer: nn.Module, outputs: list[Tensor]) -> bool:
+    shapes = {tuple(output.shape[1:]) for output in outputs if output.ndim > 1}
+    single = [shape for shape in shapes if math.prod(shape) == weight_rows(layer).shape[0]]
+    return len(single) == 1 and all(output.equal(outputs[0]) for output in outputs)
 
 
 @torch.no_grad()

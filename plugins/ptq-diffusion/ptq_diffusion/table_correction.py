@@ -40,8 +40,10 @@ def find_sum(flow: Dataflow, path: str) -> Sum | None:
 
     Args:
         flow: one traced forward pass.
-        path: of a layer that is called once.
+        path: of the layer.
     """
+    if len(flow.called(path)) != 1:
+        return None
     consumers = flow.consumers()
     number = flow.called(path)[0].outputs[0]
     rows, values = flow.shapes[number][0], math.prod(flow.shapes[number])

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ptq_diffusion.caching import Caching, prove
+from ptq_diffusion.caching import Caching, prove, with_one_value
 from ptq_diffusion.features_of_time import TimePath
 from ptq_diffusion.judge import temporal_errors
 from ptq_diffusion.table_correction import TableCorrection
@@ -91,7 +91,8 @@ class TIAR(TemporalStep):
         way = TimePath(model, self.call, temporal)
         with torch.no_grad():
             features = way(self._times)
-        caching = Caching(flow, temporal, layers, self.context.grids.weights, features)
+        single = with_one_value(layers, run)
+        caching = Caching(flow, temporal, single, self.context.grids.weights, features)
         chosen = self._at_once(caching)
         gone = caching.tables(chosen)
         roundings = {path: self._rounding(path, one) for path, one in layers.items() if path not in gone}
@@ -103,8 +104,9 @@ class TIAR(TemporalStep):
             chosen = self._with_inexact(caching, chosen, left, found)
         self._tables = caching.tables(chosen)
         self._learned = {path: one.hard() for path, one in roundings.items() if path not in self._tables}
+        if self.options.mode != "reconstruct":
+            self._say(caching, chosen, len(set(features) & set(layers)))
         if self._tables:
-            self._say(caching, chosen)
             self.context.grids.tables.update(self._tables)
             with Timesteps.of(self.timesteps, self.call.timestep).during(self.times_of_rows):
                 prove(model, self._tables, run)
@@ -157,12 +159,12 @@ class TIAR(TemporalStep):
         )
         return both
 
-    def _say(self, caching: Caching, chosen: list[str]) -> None:
+    def _say(self, caching: Caching, chosen: list[str], features: int) -> None:
         """What the tables take, and what they replace."""
         other = len(self._tables) - len(chosen)
         say(
-            f"tiar: tables of {len(self.timesteps)} timesteps for {len(chosen)} temporal features, "
-            f"{caching.bytes_of(chosen) / 1e3:.1f} kB, in the place of weights of "
+            f"tiar: tables of {len(self.timesteps)} timesteps for {len(chosen)} of {features} temporal "
+            f"features, {caching.bytes_of(chosen) / 1e3:.1f} kB, in the place of weights of "
             f"{caching.bytes_packed(self._tables) / 1e3:.1f} kB packed; {other} layers that only they read "
             "are left out"
         )
