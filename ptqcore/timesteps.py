@@ -86,10 +86,20 @@ def along(parameter: Tensor, x: Tensor) -> Tensor:
     """Entries of a table, one for all of x or one for each row of its batch [batch], shaped to multiply x.
 
     Where x has more rows than there are entries (heads folded into the batch), each entry is that of
-    as many rows in a row.
+    as many rows in a row. What has no rows of the batch (a table of positions) has one entry.
+
+    Raises:
+        ModelError: if x has no rows of the batch, and the entries differ.
     """
     if not parameter.ndim:
         return parameter
+    if x.shape[0] % parameter.shape[0]:
+        if bool((parameter != parameter[0]).any()):
+            raise ModelError(
+                f"an activation with a range for each timestep has {x.shape[0]} rows, no multiple of the "
+                f"{parameter.shape[0]} timesteps of the batch: call the model with one timestep at a time"
+            )
+        return parameter[0]
     rows = parameter.repeat_interleave(x.shape[0] // parameter.shape[0])
     return rows.view(-1, *[1] * (x.ndim - 1))
 

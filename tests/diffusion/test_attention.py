@@ -13,11 +13,12 @@ import ptqcore
 from ptqcore import find_recipe, timesteps_of
 from ptqcore.dataflow import tensors_in, trace
 from ptqcore.decompositions import in_steps
-from ptqcore.edges import quantizers_of
+from ptqcore.edges import ActivationQuantizers, quantizers_of
 from ptqcore.grids import make_grids
 from ptqcore.modules import quantizable_layers
 from ptqcore.placement import moves
 from ptqcore.recipe import QuantSection, TensorQuant
+from ptqcore.timesteps import Timesteps
 
 PRODUCTS = {
     "unet": 8,
@@ -33,14 +34,14 @@ PRODUCTS = {
 SCHEDULE = [0, 166, 332, 498, 664, 830]
 
 
-def grids_of(style):
+def grids_of(style, timesteps=()):
     """The dataflow map of a tiny denoiser in steps, and the grids of its activations."""
     model = tiny_denoisers.build(style).requires_grad_(False)
     flow = trace(model, in_steps(partial(tiny_denoisers.call_of(style, model).run, model)))
     quant = QuantSection(
         weights=TensorQuant(bits=8), activations=TensorQuant(bits=8, symmetric=False), scope="dataflow"
     )
-    return flow, make_grids(quant, flow, set(quantizable_layers(model)))
+    return flow, make_grids(quant, flow, set(quantizable_layers(model)), timesteps)
 
 
 def on_grids(flow, grids):
@@ -87,6 +88,27 @@ def test_both_parts_of_every_skip_concatenation_have_grids_of_their_own(style):
     assert len(skips) == 4
     for op in skips:
         assert len({held(flow, grids, number) for number in op.inputs}) == 2
+
+
+@pytest.mark.parametrize("style", tiny_denoisers.STYLES)
+def test_every_row_of_a_batch_is_rounded_with_the_range_of_its_timestep(style):
+    model = tiny_denoisers.build(style).requires_grad_(False)
+    call = tiny_denoisers.call_of(style, model)
+    times = call.times.flatten().sort().values
+    _, grids = grids_of(style, times.tolist())
+    grids.range_for_each_timestep([path for path, _ in model.named_modules()])
+    quantizers = ActivationQuantizers({edge: quant.spec for edge, quant in grids.edges.items()})
+    for edge in quantizers.names:
+        table = edge.site.owner == "pos_embed"  # of positions: it has no rows of the batch
+        high = torch.tensor([2.0, 2.0] if table else [2.0, 1.5])
+        quantizers[edge].set_range(-high, high)
+    quantizers.attach(model)
+    Timesteps.of(times.tolist(), call.timestep).attach(model)
+    mixed, each = tensors_in(call.with_timestep(times).run(model)), []
+    for time in times:
+        each.append(tensors_in(call.with_timestep(time.expand(2)).run(model)))
+    for row in range(2):
+        torch.testing.assert_close(mixed[0][row], each[row][0][row], rtol=1e-4, atol=1e-5)
 
 
 # A whole run of the recipe
