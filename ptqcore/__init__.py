@@ -7,11 +7,13 @@ from ptqcore.version import __version__
 
 if TYPE_CHECKING:
     from ptqcore import grid as grid
+    from ptqcore.added_timesteps import add_timesteps as add_timesteps
     from ptqcore.artifact import Structure as Structure
     from ptqcore.artifact import load as load
     from ptqcore.attachments import Attachment as Attachment
     from ptqcore.attachments import attach as attach
     from ptqcore.attachments import attachments_of as attachments_of
+    from ptqcore.attention import split_attention as split_attention
     from ptqcore.blocks import Block as Block
     from ptqcore.calibration import Calibration as Calibration
     from ptqcore.dataflow import Dataflow as Dataflow
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from ptqcore.export.base import Exporter as Exporter
     from ptqcore.export.onnx_weight_only import OnnxProduct as OnnxProduct
     from ptqcore.export.onnx_weight_only import OnnxWeightOnly as OnnxWeightOnly
+    from ptqcore.files import digest_files as digest_files
     from ptqcore.files import write_tensors as write_tensors
     from ptqcore.files import write_text as write_text
     from ptqcore.fingerprint import digest_of as digest_of
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     from ptqcore.packed import QuantizedTensor as QuantizedTensor
     from ptqcore.packed import pack_bits as pack_bits
     from ptqcore.packed import unpack_bits as unpack_bits
+    from ptqcore.placement import Edge as Edge
     from ptqcore.plan import find_recipe as find_recipe
     from ptqcore.plugin import Plugin as Plugin
     from ptqcore.progress import say as say
@@ -64,6 +68,10 @@ if TYPE_CHECKING:
     from ptqcore.report.record import Verification as Verification
     from ptqcore.report.table_page import BarChart as BarChart
     from ptqcore.report.table_page import TablePage as TablePage
+    from ptqcore.report.table_text import Cell as Cell
+    from ptqcore.report.table_text import Spread as Spread
+    from ptqcore.report.table_text import csv_table as csv_table
+    from ptqcore.report.table_text import markdown_table as markdown_table
     from ptqcore.run import quantize as quantize
     from ptqcore.spec import QuantSpec as QuantSpec
     from ptqcore.statistics import Gram as Gram
@@ -72,6 +80,9 @@ if TYPE_CHECKING:
     from ptqcore.step import Step as Step
     from ptqcore.step import StepOptions as StepOptions
     from ptqcore.step import check_globs as check_globs
+    from ptqcore.tables import TimestepTable as TimestepTable
+    from ptqcore.tables import packed_bytes as packed_bytes
+    from ptqcore.tables import replace_by_table as replace_by_table
     from ptqcore.task import Task as Task
     from ptqcore.task import TaskOptions as TaskOptions
     from ptqcore.timesteps import Timesteps as Timesteps
@@ -88,6 +99,10 @@ _HOME = {
     "reconstruct": "reconstruction",
     "Timesteps": "timesteps",
     "timesteps_of": "timesteps",
+    "add_timesteps": "added_timesteps",
+    "TimestepTable": "tables",
+    "packed_bytes": "tables",
+    "replace_by_table": "tables",
     "relative_difference": "folding",
     "Attachment": "attachments",
     "Chain": "step",
@@ -135,13 +150,20 @@ _HOME = {
     "Verification": "report.record",
     "quantize": "run",
     "QuantSpec": "spec",
+    "split_attention": "attention",
     "Gram": "statistics",
     "digest_of": "fingerprint",
+    "digest_files": "files",
     "write_tensors": "files",
     "write_text": "files",
+    "Edge": "placement",
     "find_recipe": "plan",
     "BarChart": "report.table_page",
     "TablePage": "report.table_page",
+    "Cell": "report.table_text",
+    "Spread": "report.table_text",
+    "csv_table": "report.table_text",
+    "markdown_table": "report.table_text",
     "Calibration": "calibration",
     "Context": "step",
     "Dataflow": "dataflow",

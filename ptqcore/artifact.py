@@ -21,12 +21,13 @@ from ptqcore import files
 from ptqcore.attachments import AttachmentEntry, FindAttachment, build_attachments, describe_attachments
 from ptqcore.dataflow import Site
 from ptqcore.edges import ActivationQuantizers, quantizers_of
-from ptqcore.errors import ArtifactError
-from ptqcore.folding import fold_structure
+from ptqcore.errors import ArtifactError, ModelError
+from ptqcore.folding import fold_structure, folded_norms
 from ptqcore.modules import QuantModule, quantized_class, replace_module
 from ptqcore.placement import Edge
 from ptqcore.plugin import discover
 from ptqcore.spec import QuantSpec
+from ptqcore.tables import replace_by_table, tables_in
 from ptqcore.timesteps import Timesteps, Unseen, timesteps_of
 
 FORMAT = 1
@@ -92,27 +93,29 @@ class TimestepsEntry(BaseModel):
 
 
 class Structure(BaseModel):
-    """What makes a model of its kind a quantized one, apart from tensors; JSON. `folded` maps a batch norm
-    to the layer that it was folded into."""
+    """What makes a model of its kind a quantized one, apart from tensors; JSON. `tables` are the shapes of
+    tables in the place of layers; `folded` maps a batch norm to the layer that it was folded into."""
 
     model_config = ConfigDict(extra="forbid")
 
     layers: dict[str, LayerEntry]
+    tables: dict[str, tuple[int, ...]] = {}
     edges: list[EdgeEntry] = []
     attachments: list[AttachmentEntry] = []
     timesteps: TimestepsEntry | None = None
     folded: dict[str, str] = {}
 
     @classmethod
-    def of(cls, model: nn.Module, folded: dict[str, str] | None = None) -> "Structure":
+    def of(cls, model: nn.Module) -> "Structure":
         """That of a quantized model."""
         timesteps = timesteps_of(model)
         return cls(
             layers=describe_layers(model),
+            tables=describe_tables(model),
             edges=describe_edges(model),
             attachments=describe_attachments(model),
             timesteps=None if timesteps is None else TimestepsEntry(**timesteps.settings()),
-            folded=folded or {},
+            folded=folded_norms(model),
         )
 
     def build(self, model: nn.Module, find: FindAttachment | None = None) -> None:
@@ -128,6 +131,7 @@ class Structure(BaseModel):
         """
         _build_folded(model, self.folded)
         build_layers(model, self.layers)
+        build_tables(model, self.tables)
         build_attachments(model, self.attachments, find or discover().attachment)
         if self.edges:
             ActivationQuantizers({entry.edge: entry.spec for entry in self.edges}).attach(model)
@@ -185,6 +189,26 @@ def build_layers(model: nn.Module, layers: dict[str, LayerEntry]) -> None:
         replace_module(model, path, quantized.train(layer.training))
 
 
+def describe_tables(module: nn.Module, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    """The shapes of the tables inside a module, by path."""
+    return {path: tuple(one.table.shape) for path, one in tables_in(module, prefix).items()}
+
+
+def build_tables(model: nn.Module, tables: dict[str, tuple[int, ...]]) -> None:
+    """Replace float layers by empty tables, as described.
+
+    Raises:
+        ArtifactError: if the model has no such layer.
+    """
+    for path, shape in tables.items():
+        try:
+            replace_by_table(
+                model, path, model.get_submodule(path).get_parameter("weight").new_empty(shape)
+            )
+        except (AttributeError, ModelError) as error:
+            raise ArtifactError(f"the artifact has a table in the place of {path!r}: {error}") from None
+
+
 def describe_edges(model: nn.Module) -> list[EdgeEntry]:
     """The quantized activations of a model."""
     quantizers = quantizers_of(model)
@@ -224,9 +248,7 @@ def load_tensors(module: nn.Module, tensors: dict[str, Tensor], tied: dict[str, 
     module.load_state_dict(state, strict=True, assign=True)
 
 
-def save(
-    model: nn.Module, folder: Path, plugin: str, task: str, core: str, folded: dict[str, str] | None = None
-) -> None:
+def save(model: nn.Module, folder: Path, plugin: str, task: str, core: str) -> None:
     """Write `model.safetensors` and `manifest.json` into a folder.
 
     Raises:
@@ -240,7 +262,7 @@ def save(
         task=task,
         tied=tied,
         sha256=files.digest(folder / MODEL_FILE),
-        **Structure.of(model, folded).model_dump(),
+        **Structure.of(model).model_dump(),
     )
     files.write_text(folder / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
 

@@ -19,6 +19,7 @@ from ptqcore.modules import QuantModule, quantizable_layers, weight_rows
 from ptqcore.recipe import QuantSection
 from ptqcore.report.record import MOST_LOSSES, LayerRecord
 from ptqcore.step import Context, check_globs, reason_to_skip
+from ptqcore.tables import TimestepTable, tables_in
 
 
 def relative_error(results: list[list[Tensor]], targets: list[list[Tensor]], path: str) -> float:
@@ -44,14 +45,33 @@ def thinned(losses: Sequence[float]) -> tuple[float, ...]:
 
 
 def layer_records(
-    block: Block, originals: dict[str, nn.Module], calibration: Calibration
+    block: Block, originals: dict[str, nn.Module], calibration: Calibration, context: Context
 ) -> list[LayerRecord]:
-    """Figures of every quantized layer of a block, against the float layers it had before."""
-    return [
+    """Figures of every quantized layer of a block, and of every one that a table replaces or that only such
+    layers read, against the float layers it had before."""
+    quantized = [
         _layer_record(block, path, originals[path], layer, calibration)
         for path, layer in block.quantized_layers().items()
         if path in originals
     ]
+    tables = tables_in(block.module, block.path)
+    replaced = [path for path in originals if path in context.grids.tables]
+    return quantized + [_table_record(block, path, originals[path], tables.get(path)) for path in replaced]
+
+
+def _table_record(block: Block, path: str, original: nn.Module, table: TimestepTable | None) -> LayerRecord:
+    weight = weight_rows(original).detach()
+    return LayerRecord(
+        path=path,
+        block=block.path,
+        shape=tuple(weight.shape),
+        weights="removed: only tables read it" if table is None else f"table {list(table.table.shape)}",
+        activations=None,
+        relative_error=None,
+        clipped=0.0,
+        weight_range=(float(weight.min()), float(weight.max())),
+        input_range=None,
+    )
 
 
 def _layer_record(
@@ -143,8 +163,8 @@ def check_done(blocks: Iterable[Block], context: Context) -> None:
 
 
 def check_coverage(blocks: Sequence[Block], context: Context, least: float) -> float:
-    """Share of the weights inside the blocks (parameters of two or more dimensions) that were quantized,
-    without those that the recipe or the task leaves alone by name.
+    """Share of the weights inside the blocks (parameters of two or more dimensions) that were quantized, or
+    replaced by tables, without those that the recipe or the task leaves alone by name.
 
     Raises:
         ModelError: if it is less than asked for, naming the largest weight that was left.
@@ -152,7 +172,7 @@ def check_coverage(blocks: Sequence[Block], context: Context, least: float) -> f
     quantized, left = 0, {}
     for block in blocks:
         for path, module in block.module.named_modules(prefix=block.path):
-            if isinstance(module, QuantModule):
+            if isinstance(module, QuantModule | TimestepTable):
                 quantized += math.prod(module.weight_shape)
             elif context.reason_to_skip(path) is None:
                 for name, one in module.named_parameters(recurse=False):

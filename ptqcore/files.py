@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,18 @@ def digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_files(paths: Iterable[Path]) -> str:
+    """SHA-256 of the contents of files, in their order, in hexadecimal.
+
+    Raises:
+        OSError: if one cannot be read.
+    """
+    total = hashlib.sha256()
+    for path in paths:
+        total.update(bytes.fromhex(digest(path)))
+    return total.hexdigest()
 
 
 def folder(path: Path, empty: bool = False) -> Path:

@@ -17,11 +17,21 @@ from ptqcore.progress import say
 TOLERANCE = 1e-5
 
 
-class WithoutNorm(nn.Module):
-    """A subclass of a batch norm that does more (an activation function), its normalization left out."""
+class Folded(nn.Identity):
+    """In the place of a batch norm; `into` is the path of the layer that it was folded into."""
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, into: str) -> None:
         super().__init__()
+        self.into = into
+
+
+class WithoutNorm(nn.Module):
+    """In the place of a subclass of a batch norm that does more (an activation function): that, without the
+    normalization; `into` as of `Folded`."""
+
+    def __init__(self, norm: nn.Module, into: str) -> None:
+        super().__init__()
+        self.into = into
         rest: Any = deepcopy(norm)
         for table in (rest._parameters, rest._buffers):
             table.update(dict.fromkeys(table))
@@ -133,7 +143,16 @@ def fold_structure(model: nn.Module, folded: dict[str, str]) -> None:
             zeros = torch.zeros(norm.num_features, dtype=weight.dtype, device=weight.device)
             before.register_parameter("bias", nn.Parameter(zeros, requires_grad=False))
         plain = type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-        model.set_submodule(path, nn.Identity() if plain else WithoutNorm(norm))
+        model.set_submodule(path, Folded(layer) if plain else WithoutNorm(norm, layer))
+
+
+def folded_norms(model: nn.Module) -> dict[str, str]:
+    """Folded norm → layer, as far as they were folded in this model."""
+    return {
+        path: module.into
+        for path, module in model.named_modules()
+        if isinstance(module, Folded | WithoutNorm)
+    }
 
 
 def _scale(layer: nn.Module, norm: Any) -> None:

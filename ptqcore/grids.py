@@ -1,11 +1,11 @@
 """Which grid every weight and activation of one model gets, from a recipe and the dataflow map."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from ptqcore.dataflow import Dataflow, Op
 from ptqcore.placement import LAYERS, PRODUCTS, Edge, find_edges, moves
-from ptqcore.recipe import QuantSection, TensorQuant
+from ptqcore.recipe import Entry, QuantSection, TensorQuant
 
 Numbers = tuple[int, ...]
 
@@ -15,8 +15,10 @@ class Grids:
     """edges: the grid of every rounded tensor between functions, in the scope `dataflow`; ends: the
     first and last layers, which `quant.first_last_bits` is for; bits: layers to whose weights a step
     has given another width; timesteps: those that the calibration samples are of, in rising order;
-    by_timestep: modules whose inputs a step has given a range for each of them; readers: the modules
-    that multiply what is at an edge, or add or join it where none does."""
+    by_timestep: modules whose inputs a step has given a range for each of them, those in of_timestep as
+    functions of the timestep alone; tables: layers that a step replaces by tables with a row for each of
+    them (`ptqcore.TimestepTable`), and those that only such layers read; readers: the modules that multiply
+    what is at an edge, or add or join it where none does."""
 
     quant: QuantSection
     ends: frozenset[str] = frozenset()
@@ -24,6 +26,8 @@ class Grids:
     bits: dict[str, int] = field(default_factory=dict)
     timesteps: tuple[float, ...] = ()
     by_timestep: set[str] = field(default_factory=set)
+    of_timestep: set[str] = field(default_factory=set)
+    tables: set[str] = field(default_factory=set)
     readers: dict[Edge, frozenset[str]] = field(default_factory=dict)
 
     def weights(self, path: str) -> TensorQuant:
@@ -37,11 +41,18 @@ class Grids:
         if self.quant.activations is None or self.quant.scope == "dataflow":
             return None
         found = self._at(path in self.ends, self.quant.activations)
-        return self._for_each_timestep(found) if path in self.by_timestep else found
+        return self._for_each_timestep(found, {path}) if path in self.by_timestep else found
 
-    def range_for_each_timestep(self, paths: Iterable[str]) -> None:
+    def range_for_each_timestep(self, paths: Iterable[str], of_timestep: Iterable[str] = ()) -> None:
         """Give what flows into these layers a range for each timestep, in the scope `dataflow` wherever
         that is rounded, and what other modules multiply or add; dynamic grids stay as they are.
+
+        What is a function of the timestep alone takes one value for each: its range is that of the value,
+        whatever observer the recipe names.
+
+        Args:
+            paths: of the modules.
+            of_timestep: those of them whose inputs are functions of the timestep alone.
 
         Raises:
             ValueError: if the calibration samples have no timesteps.
@@ -49,14 +60,18 @@ class Grids:
         if not self.timesteps:
             raise ValueError("the calibration samples have no timesteps")
         self.by_timestep.update(paths)
+        self.of_timestep.update(of_timestep)
         for edge, quant in self.edges.items():
             if not self.by_timestep.isdisjoint(self.readers[edge]):
-                self.edges[edge] = self._for_each_timestep(quant)
+                self.edges[edge] = self._for_each_timestep(quant, self.readers[edge])
 
-    def _for_each_timestep(self, quant: TensorQuant) -> TensorQuant:
+    def _for_each_timestep(self, quant: TensorQuant, readers: Collection[str]) -> TensorQuant:
         if quant.dynamic:
             return quant
-        return quant.model_copy(update={"granularity": "timestep", "timesteps": len(self.timesteps)})
+        changed: dict[str, object] = {"granularity": "timestep", "timesteps": len(self.timesteps)}
+        if self.of_timestep.issuperset(readers):
+            changed |= {"of_timestep": True, "observer": Entry(name="minmax")}
+        return quant.model_copy(update=changed)
 
     def _at(self, end: bool, quant: TensorQuant) -> TensorQuant:
         bits = self.quant.first_last_bits

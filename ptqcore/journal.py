@@ -10,7 +10,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ptqcore import files
-from ptqcore.artifact import LayerEntry, build_layers, describe_layers, load_tensors, unique_tensors
+from ptqcore.artifact import (
+    LayerEntry,
+    build_layers,
+    build_tables,
+    describe_layers,
+    describe_tables,
+    load_tensors,
+    unique_tensors,
+)
 from ptqcore.attachments import AttachmentEntry, FindAttachment, build_attachments, describe_attachments
 from ptqcore.blocks import Block
 from ptqcore.errors import ArtifactError
@@ -86,6 +94,7 @@ class Journal:
                 path: layer.model_dump()
                 for path, layer in describe_layers(block.module, block.path).items()
             },
+            "tables": describe_tables(block.module, block.path),
             "attachments": [one.model_dump() for one in attached],
             "result": asdict(result),
         }
@@ -108,6 +117,7 @@ class Journal:
         if saved is None:
             raise ArtifactError(f"the journal in {self._folder} lacks block {block.path!r}")
         build_layers(block.model, saved.layers)
+        build_tables(block.model, saved.tables)
         build_attachments(block.model, saved.attachments, self._find)
         tensors = {name: value for name, value in saved.tensors.items() if not name.startswith(_RANGE)}
         load_tensors(block.module, tensors, saved.tied)
@@ -128,6 +138,7 @@ class Journal:
                 layers={
                     path: LayerEntry.model_validate(layer) for path, layer in entry["quantized"].items()
                 },
+                tables={path: tuple(shape) for path, shape in entry["tables"].items()},
                 attachments=[AttachmentEntry.model_validate(one) for one in entry["attachments"]],
                 result=BlockResult(
                     BlockRecord(**_tuples(figures["block"])),
@@ -150,6 +161,7 @@ class _Saved:
     tensors: dict[str, Tensor]
     tied: dict[str, str]
     layers: dict[str, LayerEntry]
+    tables: dict[str, tuple[int, ...]]
     attachments: list[AttachmentEntry]
     result: BlockResult
 

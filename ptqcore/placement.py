@@ -108,6 +108,8 @@ def moves(op: Op) -> bool:
         return "constant" in op.arguments and op.arguments[-1] in (None, 0)
     if op.name == "interpolate":
         return "nearest" in op.arguments
+    if op.name in {"div", "mul"} and len(op.inputs) == 1:  # by a scale of residual sums, 1 by default
+        return op.arguments == (1,)
     return op.name in MOVING
 
 

@@ -70,6 +70,7 @@ BUILT_IN = Plugin(
     name=CORE,
     steps={
         "equalize": "ptqcore.equalization:Equalize",
+        "split-concatenations": "ptqcore.split_concatenations:SplitConcatenations",
         "round": "ptqcore.rounding:Round",
         "adaround": "ptqcore.adaround:AdaRound",
         "brecq": "ptqcore.learned_rounding:BRECQ",

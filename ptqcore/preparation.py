@@ -116,6 +116,11 @@ def check_exports(plan: Plan, prepared: Prepared, steps: Sequence[Step]) -> None
                 f"export {exporter.name} cannot hold a range of activations for each timestep: remove the "
                 "export, or the step that gives them such ranges"
             )
+        if context.grids.tables and not exporter.holds_timesteps:
+            raise ExportError(
+                f"export {exporter.name} cannot hold a table with a row for each timestep, as in the place "
+                f"of {min(context.grids.tables)}: remove the export, or let no step make tables"
+            )
         exporter.check_grids(context.quant, weights)
 
 

@@ -87,7 +87,8 @@ class Quantization:
             }
             round_biases(layers, self.prepared.flow, quantizers)
             quantizers.attach(model)
-        if self.prepared.timesteps is not None and self.prepared.context.grids.by_timestep:
+        grids = self.prepared.context.grids
+        if self.prepared.timesteps is not None and (grids.by_timestep or grids.tables):
             self.prepared.timesteps.attach(model)
 
     def _start_walk(self, quantizers: ActivationQuantizers, exact: bool) -> Walk:
@@ -146,11 +147,13 @@ class Quantization:
             calibration.quantize_edges(quantizers)
             for step in steps:
                 step.block(block, calibration)
+            for step in steps:
+                step.after(block, calibration)
             counted = CountClipped(calibration.quantizers)
             io.functions = counted.functions()
             outputs = io.run_tensors()
             error = audit.relative_error(outputs, targets, block.path)
-            layers = audit.layer_records(block, originals, calibration)
+            layers = audit.layer_records(block, originals, calibration, self.prepared.context)
             for layer in block.quantized_layers().values():
                 layer.release()
         figures = BlockRecord(

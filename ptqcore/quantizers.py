@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ptqcore import grid
 from ptqcore.packed import QuantizedTensor
 from ptqcore.spec import QuantSpec
-from ptqcore.timesteps import along, current
+from ptqcore.timesteps import Moment, along, current
 
 _CENTRED = 1 / 64  # how far, in steps, the ends of a centred range may differ in magnitude
 
@@ -40,15 +40,26 @@ class FakeQuant(nn.Module):
         asymmetric one both its ends lie half way between two codes, where the last digit would decide.
         """
         count = self.spec.timesteps or 1
-        low, high = low.reshape(count), high.reshape(count)
-        self.scale, self.zero_point = grid.scale_and_zero_point(low, high, self.spec)
-        if self.zero_point is not None:
-            centred = (low + high).abs() <= _CENTRED * self.scale
-            symmetric, _ = grid.scale_and_zero_point(
-                low, high, self.spec.model_copy(update={"symmetric": True})
-            )
-            self.scale = torch.where(centred, symmetric, self.scale)
-            self.zero_point = torch.where(centred, self.spec.middle, self.zero_point)
+        self.scale, self.zero_point = _parameters(low.reshape(count), high.reshape(count), self.spec)
+
+    def add_timesteps(
+        self, moment: Moment, new: Tensor, ranges: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """Have ranges for more timesteps.
+
+        Args:
+            moment: of all timesteps, old and new, in rising order: which rows new ones are between.
+            new: which are new.
+            ranges: low and high of the new ones, where they are known better.
+        """
+        scale, zero_point = self._kept(moment)
+        if ranges is not None:
+            own = _parameters(*ranges, self.spec)
+            scale[new] = own[0].to(scale.dtype)
+            if zero_point is not None and own[1] is not None:
+                zero_point[new] = own[1].to(zero_point.dtype)
+        self.scale, self.zero_point = scale, zero_point
+        self.spec = self.spec.model_copy(update={"timesteps": len(scale)})
 
     def parameters_for(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point of a static quantizer for x, those of the current timestep where there is
@@ -61,13 +72,22 @@ class FakeQuant(nn.Module):
         if self.spec.timesteps is None:
             return self.scale, self.zero_point
         moment = current()
+        scale, zero_point = self._kept(moment)
+        if self.spec.of_timestep and moment.seen is not None:
+            own = _parameters(*_range_of_rows(x, moment.seen), self.spec)
+            scale = torch.where(moment.seen, scale, own[0])
+            if zero_point is not None and own[1] is not None:
+                zero_point = torch.where(moment.seen, zero_point, own[1])
+        return along(scale, x), None if zero_point is None else along(zero_point, x)
+
+    def _kept(self, moment: Moment) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point that the tables have for a moment."""
+        assert self.scale is not None
         scale = moment.of(self.scale)
-        if self.zero_point is None:
-            return along(scale, x), None
-        if moment.share is None:
-            return along(scale, x), along(moment.of(self.zero_point), x)
+        if self.zero_point is None or moment.share is None:
+            return scale, None if self.zero_point is None else moment.of(self.zero_point)
         low = moment.of((self.spec.middle - self.zero_point) * self.scale)  # of the grid's middle
-        return along(scale, x), along(torch.round(self.spec.middle - low / scale), x)
+        return scale, torch.round(self.spec.middle - low / scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., channels] rounded to the grid; NaN where a static quantizer was given no range."""
@@ -82,6 +102,22 @@ class FakeQuant(nn.Module):
 
     def extra_repr(self) -> str:
         return str(self.spec)
+
+
+def _parameters(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points for ranges of a static grid; centred ones get symmetric steps."""
+    scale, zero_point = grid.scale_and_zero_point(low, high, spec)
+    if zero_point is None:
+        return scale, None
+    centred = (low + high).abs() <= _CENTRED * scale
+    symmetric, _ = grid.scale_and_zero_point(low, high, spec.model_copy(update={"symmetric": True}))
+    return torch.where(centred, symmetric, scale), torch.where(centred, spec.middle, zero_point)
+
+
+def _range_of_rows(x: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of x, or of as many parts of its rows as there are timesteps."""
+    low, high = x.detach().float().reshape(like.numel(), -1).aminmax(dim=1)
+    return low.reshape(like.shape), high.reshape(like.shape)
 
 
 class LearnedRounding:

@@ -1,6 +1,5 @@
 """The corridor: a recipe goes in, an artifact with its exports, metrics and report comes out."""
 
-import gc
 import json
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -25,6 +24,7 @@ from ptqcore.recipe import Recipe
 from ptqcore.report.page import render
 from ptqcore.report.record import ExportRecord, RunRecord
 from ptqcore.restoring import restored
+from ptqcore.tables import table_sizes
 from ptqcore.task import Judged, Task
 from ptqcore.version import __version__
 
@@ -150,7 +150,6 @@ class _Run:
                 f"the naive baseline cannot be made: {error}; to go without it, set evaluate.baseline "
                 "to false"
             ) from error
-        gc.collect()  # modules that know each other would stay beside those of the run
 
     def walk(self) -> None:
         """Hand every block to every step, in order; what an earlier run finished is taken from disk."""
@@ -189,9 +188,9 @@ class _Run:
         assets = files.folder(staging / artifact.ASSETS_FOLDER)
         with files.writing(assets):
             self.task.save_assets(assets)
-        folded = dict(self.prepared.folding.folded)
-        artifact.save(model, staging, self.plan.task_owner, self.task.name, __version__, folded)
+        artifact.save(model, staging, self.plan.task_owner, self.task.name, __version__)
         self.record.size_bytes["after"] = (staging / artifact.MODEL_FILE).stat().st_size
+        self.record.size_bytes |= table_sizes(model)
         find = self.plan.registry.attachment
         restored = artifact.restore(staging, lambda _: self.task.build(assets), find)
         sample = self.prepared.samples[0]

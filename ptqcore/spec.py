@@ -18,8 +18,10 @@ class QuantSpec(BaseModel):
     `granularity` says how many scales a tensor has: one (`tensor`), one per row of a weight
     (`channel`), one per `group_size` neighbours of the last dimension (`group`; the last group may
     be shorter), or one per vector along the last dimension (`token`). Activations of a denoiser may
-    have one for each of `timesteps` timesteps (`timestep`): steps set that, recipes do not. A `dynamic`
-    spec takes its ranges from the very tensor that is quantized; a static one from calibration.
+    have one for each of `timesteps` timesteps (`timestep`): steps set that, recipes do not. Where
+    `of_timestep`, what is quantized is a function of the timestep alone: at one without a range it is the
+    very tensor that says it. A `dynamic` spec takes all ranges from the tensor that is quantized; a static
+    one from calibration.
 
     A symmetric integer grid has one step more below zero than above. `signed_scale` lets each scale
     be negative, which turns that step to the side of the largest value: finer steps for weights at
@@ -37,6 +39,7 @@ class QuantSpec(BaseModel):
     granularity: Granularity = "tensor"
     group_size: int | None = Field(default=None, ge=1)
     timesteps: int | None = Field(default=None, ge=1)
+    of_timestep: bool = False
     dynamic: bool = False
     signed_scale: bool = False
     scale_dtype: Literal["float16", "bfloat16"] | None = None
@@ -65,6 +68,8 @@ class QuantSpec(BaseModel):
                 "granularity timestep without a number of timesteps, or with dynamic: a step like "
                 "ptq-diffusion's finite-set-calibration chooses it, set granularity to tensor"
             )
+        if self.of_timestep and self.timesteps is None:
+            raise ValueError("of_timestep true without granularity timestep: steps set it, recipes do not")
         if self.granularity == "token" and not self.dynamic:
             raise ValueError("granularity token without dynamic: tokens are only known at run time")
         return self

@@ -64,8 +64,12 @@ class Context:
         return reason_to_skip(path, self.quant, self.excluded)
 
     def targets(self, block: Block) -> dict[str, nn.Module]:
-        """Float layers of a block that are to be quantized, by path."""
-        return {path: layer for path, layer in block.layers().items() if self.reason_to_skip(path) is None}
+        """Float layers of a block that are to be quantized, by path: none that tables replace."""
+        return {
+            path: layer
+            for path, layer in block.layers().items()
+            if path not in self.grids.tables and self.reason_to_skip(path) is None
+        }
 
 
 def reason_to_skip(path: str, quant: QuantSection, excluded: dict[str, str]) -> str | None:
@@ -157,6 +161,9 @@ class Step:
 
     def block(self, block: Block, calibration: Calibration) -> None:
         """Called for every block in order; `calibration` holds its inputs and their statistics."""
+
+    def after(self, block: Block, calibration: Calibration) -> None:
+        """Called for every block once all steps have had it: its weights are quantized."""
 
     def finish_span(self, blocks: Sequence[Block], chain: Chain) -> list[float]:
         """Called behind every `span` blocks (the last span may be shorter), all of them quantized.

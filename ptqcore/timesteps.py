@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -29,11 +29,12 @@ Unseen = Literal["nearest", "interpolate", "refuse"]
 class Moment:
     """Where in per-timestep tables a forward pass is: `lower` and `upper` are rows, each one for the
     whole batch [] or one for each of its rows [batch]; `share` is how far on from the lower to the
-    upper row, None if nowhere in between."""
+    upper row, None if nowhere in between; `seen` which of them are timesteps of the tables, None if all."""
 
     lower: Tensor
     upper: Tensor
     share: Tensor | None = None
+    seen: Tensor | None = None
 
     def of(self, table: Tensor) -> Tensor:
         """The entry of a table [timesteps, …]: […] or [batch, …]."""
@@ -85,10 +86,20 @@ def along(parameter: Tensor, x: Tensor) -> Tensor:
     """Entries of a table, one for all of x or one for each row of its batch [batch], shaped to multiply x.
 
     Where x has more rows than there are entries (heads folded into the batch), each entry is that of
-    as many rows in a row.
+    as many rows in a row. What has no rows of the batch (a table of positions) has one entry.
+
+    Raises:
+        ModelError: if x has no rows of the batch, and the entries differ.
     """
     if not parameter.ndim:
         return parameter
+    if x.shape[0] % parameter.shape[0]:
+        if bool((parameter != parameter[0]).any()):
+            raise ModelError(
+                f"an activation with a range for each timestep has {x.shape[0]} rows, no multiple of the "
+                f"{parameter.shape[0]} timesteps of the batch: call the model with one timestep at a time"
+            )
+        return parameter[0]
     rows = parameter.repeat_interleave(x.shape[0] // parameter.shape[0])
     return rows.view(-1, *[1] * (x.ndim - 1))
 
@@ -97,7 +108,8 @@ class Timesteps(nn.Module):
     """The timesteps of a model's tables, in rising order, and what is done about others.
 
     A child of the model: `values` [timesteps] is saved with it. `unseen` timesteps are computed with the
-    row of the nearest one or between two rows, which is warned of once, or refused.
+    row of the nearest one or between two rows, which is warned of once, or refused. What is a function of
+    the timestep alone is rounded with its own range then.
     """
 
     values: Tensor
@@ -111,7 +123,7 @@ class Timesteps(nn.Module):
         super().__init__()
         self.argument, self.unseen = argument, unseen
         self.register_buffer("values", torch.full((count,), torch.nan))
-        self._warned = False
+        self._warned = self._accepts = False
         self._tokens: list[Token[Moment | None]] = []
 
     @classmethod
@@ -137,19 +149,42 @@ class Timesteps(nn.Module):
             ModelError: if one of them is not known, and these are refused.
         """
         wanted = torch.as_tensor(timestep, dtype=torch.float32, device=self.values.device)
-        upper = torch.searchsorted(self.values, wanted.contiguous()).clamp(max=len(self.values) - 1)
-        lower = (upper - 1).clamp(min=0)
-        below, above = self.values[lower], self.values[upper]
-        nearest = torch.where((wanted - below).abs() < (above - wanted).abs(), lower, upper)
+        nearest, seen = self.nearest(wanted)
         if not torch.compiler.is_compiling():
-            exact = torch.isclose(wanted, self.values[nearest], _RELATIVE, _ABSOLUTE)
-            if bool(exact.all()):
+            if bool(seen.all()):
                 return Moment(nearest, nearest)
-            self._tell(float(wanted.reshape(-1)[exact.reshape(-1).logical_not().nonzero()[0, 0]]))
-        if self.unseen != "interpolate":
-            return Moment(nearest, nearest)
+            if not self._accepts:
+                self._tell(float(wanted[~seen][0]))
+        if self.unseen == "interpolate":
+            return replace(self.between(wanted), seen=seen)
+        return Moment(nearest, nearest, seen=seen)
+
+    def nearest(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest rows of timesteps, of two as near the later, and whether they are theirs."""
+        lower, upper = self._around(wanted)
+        below, above = self.values[lower], self.values[upper]
+        found = torch.where((wanted - below).abs() < (above - wanted).abs(), lower, upper)
+        return found, torch.isclose(wanted, self.values[found], _RELATIVE, _ABSOLUTE)
+
+    def between(self, wanted: Tensor) -> Moment:
+        """Which two rows timesteps are between, and how far on; beyond the last row that one."""
+        lower, upper = self._around(wanted)
+        below, above = self.values[lower], self.values[upper]
         share = ((wanted - below) / (above - below)).nan_to_num(0.0).clamp(0, 1)
         return Moment(lower, upper, share)
+
+    def _around(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        upper = torch.searchsorted(self.values, wanted.contiguous()).clamp(max=len(self.values) - 1)
+        return (upper - 1).clamp(min=0), upper
+
+    @contextmanager
+    def accepting(self) -> Iterator[None]:
+        """Compute unseen timesteps without a word, even where they are refused, for a while."""
+        before, self._accepts = self._accepts, True
+        try:
+            yield
+        finally:
+            self._accepts = before
 
     @contextmanager
     def during(self, timestep: Tensor | float) -> Iterator[None]:
@@ -201,14 +236,15 @@ class Timesteps(nn.Module):
         if self.unseen == "refuse":
             raise ModelError(
                 f"timestep {timestep:g} is not among those that the model was calibrated for ({known}): "
-                "sample with the calibrated schedule, or calibrate for this one"
+                "sample with the calibrated schedule, or give the model ranges for this one "
+                "(ptq_diffusion.set_schedule)"
             )
         if not self._warned:
             self._warned = True
             used = "the nearest one" if self.unseen == "nearest" else "the two beside it"
             warnings.warn(
                 f"timestep {timestep:g} is not among those that the model was calibrated for ({known}): "
-                f"activations get ranges from those of {used}",
+                f"activations of the timestep alone get ranges of their own, others those of {used}",
                 stacklevel=2,
             )
 

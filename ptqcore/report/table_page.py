@@ -7,9 +7,8 @@ from markupsafe import Markup
 
 from ptqcore.report import charts
 from ptqcore.report.legend import Chart, kind_colours
-from ptqcore.report.page import environment
-
-Cell = str | float | None
+from ptqcore.report.page import MISSING, environment, sortable
+from ptqcore.report.table_text import Cell, Spread, numeric_columns
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class BarChart:
 @dataclass(frozen=True)
 class TablePage:
     """A table, notes on it, and charts. rows: column → cell; columns of numbers are aligned to the right
-    and sorted by value, whether or not all their cells are there."""
+    and sorted by value (`Spread`: by the mean), whether or not all their cells are there."""
 
     eyebrow: str
     title: str
@@ -58,17 +57,24 @@ class TablePage:
 
     def render(self) -> str:
         """The page: styles and drawings inline, no reference to any other file."""
-        rows = [{column: row.get(column) for column in self.columns} for row in self.rows]
+        rows = [{column: _Shown.of(row.get(column)) for column in self.columns} for row in self.rows]
         drawn = {chart.heading: chart.draw() for chart in self.charts}
         template = environment().get_template("table_page.html.j2")
-        return template.render(page=self, rows=rows, numeric=self._numeric(), charts=drawn)
+        numeric = numeric_columns(self.columns, self.rows)
+        return template.render(page=self, rows=rows, numeric=numeric, charts=drawn)
 
-    def _numeric(self) -> set[str]:
-        """The columns that hold no text, and something."""
-        cells = {column: [row.get(column) for row in self.rows] for column in self.columns}
-        return {
-            column
-            for column, values in cells.items()
-            if any(value is not None for value in values)
-            and not any(isinstance(value, str) for value in values)
-        }
+
+@dataclass(frozen=True)
+class _Shown:
+    """What a cell says, and what a column of numbers is sorted by."""
+
+    text: str
+    order: str = ""
+
+    @classmethod
+    def of(cls, cell: Cell) -> "_Shown":
+        if isinstance(cell, str):
+            return cls(cell)
+        if isinstance(cell, Spread):
+            return cls(str(cell), sortable(cell.mean))
+        return cls(MISSING if cell is None else charts.number(cell), sortable(cell))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ptqcore.blocks import find_blocks
 from ptqcore.chains import clipping_bounds, find_chains
 from ptqcore.dataflow import trace
+from ptqcore.decompositions import in_steps
 from ptqcore.flowmap import Folding, map_network
 from ptqcore.folding import find_norms, fold
 from ptqcore.grids import make_grids
@@ -67,11 +68,11 @@ class Attention(nn.Module):
         return x + self.o(F.scaled_dot_product_attention(self.q(y), self.k(y), self.v(y)))
 
 
-def mapped(model: nn.Module, x: Tensor, quant: QuantSection = DATAFLOW) -> FlowMap:
+def mapped(model: nn.Module, x: Tensor, quant: QuantSection = DATAFLOW, steps: bool = False) -> FlowMap:
     model.eval().requires_grad_(False)
 
     def run() -> Tensor:
-        return model(x)
+        return in_steps(lambda: model(x))() if steps else model(x)
 
     flow = trace(model, run)
     pairs, folded = find_norms(model, flow), fold(model, flow, run)
@@ -175,6 +176,17 @@ def test_attention_joins_three_layers_and_a_norm_feeds_them():
         ("scaled_dot_product_attention", ["q", "k", "v"]),
         ("residual", ["embed:embedding", "o"]),
     ]
+
+
+def test_in_steps_its_products_are_joins_of_their_own_with_grids():
+    network = mapped(Attention(), torch.arange(5)[None], steps=True)
+    found = [(join.site, [t.source for t in join.tensors]) for join in network.joins]
+    assert found == [
+        (":matmul", ["q", "k"]),
+        (":matmul.1", [":matmul", "v"]),
+        (":add", ["embed:embedding", "o"]),
+    ]
+    assert {"q:linear", "k:linear", ":softmax", "v:linear"} <= {edge.name for edge in network.edges}
 
 
 def test_a_shortcut_through_one_layer_is_residual_and_two_equal_branches_are_a_sum():

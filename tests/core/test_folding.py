@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ptqcore.dataflow import trace
-from ptqcore.folding import fold, fold_structure
+from ptqcore.folding import Folded, fold, fold_structure, folded_norms
 
 LAYERS = {
     "linear": (lambda bias: nn.Linear(6, 8, bias=bias), nn.BatchNorm1d, (5, 6)),
@@ -73,7 +73,7 @@ def test_a_folded_layer_gives_the_outputs_of_layer_and_norm(kind, bias, affine):
     found, before, after = folded(model, torch.randn(shape))
     assert found == {"1": "0"}
     assert_same(before, after)
-    assert type(model[1]) is nn.Identity
+    assert type(model[1]) is Folded
     assert model[0] is layer
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
@@ -130,6 +130,15 @@ def test_the_structure_of_a_folded_model_takes_its_state():
     other.load_state_dict(dict(model.state_dict()))  # as read from a file: without PyTorch's notes
     assert torch.equal(other(x), after)
     assert torch.equal(copy.deepcopy(model)(x), after)
+
+
+def test_a_folded_model_knows_what_was_folded_into_what():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), trained(ActivatedNorm(4)), nn.Conv2d(4, 4, 3), norm_of(4), norm_of(4)
+    )
+    found, _, _ = folded(model, torch.randn(2, 3, 9, 9))
+    assert folded_norms(model) == found == {"1": "0", "3": "2"}
+    assert folded_norms(copy.deepcopy(model)) == found
 
 
 def test_structure_that_a_model_lacks_is_an_error():

@@ -139,6 +139,12 @@ def test_a_sum_is_rounded_behind_its_relu():
     assert body(lambda m, x: (x + m.b(x)).relu(), b=conv()) == ["a:conv2d", "b:conv2d", ":relu"]
 
 
+def test_a_sum_that_is_scaled_by_one_is_a_sum():
+    found = body(lambda m, x: (x + m.b(x)) / 1.0, b=conv())
+    assert found == ["a:conv2d", "b:conv2d", ":add"]
+    assert body(lambda m, x: (x + m.b(x)) / 2.0, b=conv()) == ["a:conv2d", "b:conv2d", ":div"]
+
+
 def test_a_sum_in_place_is_a_sum():
     def forward(m, x):
         y = m.b(x)
@@ -202,6 +208,19 @@ def test_a_product_with_a_constant_matrix_is_left_in_floating_point():
     assert found == ["a:linear<0", ":matmul"]
 
 
+def test_a_product_of_a_tensor_with_itself_has_two_factors():
+    found = placed_in(lambda m, x: m.b(torch.matmul(y := m.a(x), y)), torch.randn(4, 4), **linears("ab"))
+    assert found == ["a:linear<0", "a:linear", ":matmul"]
+
+
+def test_what_is_added_to_a_product_is_left_in_floating_point():
+    def forward(m, x, mask):
+        return m.b(torch.baddbmm(mask + 1, m.a(x), x.mT))
+
+    found = placed_in(forward, torch.randn(1, 4, 4), torch.randn(1, 4, 4), **linears("ab"))
+    assert found == ["a:linear<0", "a:linear", ":mT<0", ":baddbmm"]
+
+
 # Pooling, resizing, and functions that only move values
 
 
@@ -220,6 +239,8 @@ def test_a_product_with_a_constant_matrix_is_left_in_floating_point():
         lambda x: x.chunk(2, 2)[1],
         lambda x: nn.Identity()(x),
         lambda x: x.view(1, 4, 4, 16),
+        lambda x: x / 1,
+        lambda x: x * 1.0,
     ],
 )
 def test_what_only_moves_values_keeps_the_grid_of_its_input(move):

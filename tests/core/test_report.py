@@ -14,6 +14,7 @@ from ptqcore.report.legend import kind_colours
 from ptqcore.report.page import change, duration, limits, render, signed, size, sortable
 from ptqcore.report.record import BlockRecord, ExportRecord, LayerRecord, RunRecord
 from ptqcore.report.table_page import BarChart, TablePage
+from ptqcore.report.table_text import Spread, csv_table, markdown_table
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -415,6 +416,31 @@ def test_table_page_has_a_row_of_text_and_numbers_for_each_row() -> None:
     assert {"ptq-llm", "bench", "Two recipes.", "Lower is better.", "Perplexity"} <= set(page.words)
     sorted_by = [value for name, value in page.attributes if name == "data-value"]
     assert sorted_by == ["30.5", "12346.0", "Infinity", "-Infinity", "-Infinity", "-Infinity"]
+
+
+def test_means_with_their_spreads_are_sorted_by_the_mean() -> None:
+    cells = [Spread(0.00123456, 0.0000456), Spread(12.0), None]
+    page = Page(table_page(columns=["error"], rows=[{"error": cell} for cell in cells]).render())
+    assert page.rows == [["error"], ["0.001235 ± 4.6e-5"], ["12"], ["—"]]
+    sorted_by = [value for name, value in page.attributes if name == "data-value"]
+    assert sorted_by == ["0.00123456", "12.0", "-Infinity"]
+
+
+def test_a_table_as_markdown() -> None:
+    rows = [{"name": "a|b", "error": 1 / 3, "mean": Spread(2.0, 0.5)}, {"name": "c"}]
+    assert markdown_table(["name", "error", "mean"], rows, ["Less is better."]).splitlines() == [
+        "| name | error | mean |",
+        "| --- | --: | --: |",
+        r"| a\|b | 0.33333 | 2 ± 0.5 |",
+        "| c |  |  |",
+        "",
+        "- Less is better.",
+    ]
+
+
+def test_a_table_as_csv_has_all_digits() -> None:
+    rows = [{"name": "a,b", "error": 1 / 3}, {"name": "c", "error": None}]
+    assert csv_table(["name", "error"], rows) == f'name,error\n"a,b",{1 / 3!r}\nc,\n'
 
 
 def test_table_page_needs_nothing_but_itself() -> None:

@@ -110,6 +110,14 @@ def test_entries_lie_along_the_batch():
     assert along(torch.tensor([3.0, 5.0]), torch.ones(4, 3, 2)).flatten().tolist() == [3, 3, 5, 5]
 
 
+def test_what_has_no_rows_of_the_batch_has_one_entry():
+    assert along(torch.tensor([3.0, 3.0]), torch.ones(5, 2)).shape == ()
+    with pytest.raises(
+        ModelError, match=r"5 rows, no multiple of the 2 timesteps .* one timestep at a time"
+    ):
+        along(torch.tensor([3.0, 5.0]), torch.ones(5, 2))
+
+
 def test_learned_steps_of_all_timesteps_grow_and_shrink_together():
     made = FakeQuant(spec(symmetric=False))
     made.set_range(-torch.arange(1.0, 5), torch.arange(1.0, 5))

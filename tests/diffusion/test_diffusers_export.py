@@ -3,10 +3,13 @@
 import subprocess
 import sys
 
+import diffusers
 import pytest
 import tiny_pipelines
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler
+from diffusers import ConfigMixin, DDIMPipeline, DDIMScheduler, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from test_denoising import FSC, recipe
 
 import ptq_diffusion
@@ -106,3 +109,55 @@ def test_what_is_no_pipeline_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(ModelError, match="holds no pipeline that diffusers can load") as caught:
         ptq_diffusion.load_pipeline(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+class Activated(torch.nn.BatchNorm2d):
+    """A batch norm that does more."""
+
+    def forward(self, x):
+        return torch.nn.functional.silu(super().forward(x))
+
+
+class Normed(ModelMixin, ConfigMixin):
+    """A denoiser with batch norms: after a quantized convolution, and after one that is not."""
+
+    @register_to_config
+    def __init__(self, in_channels=1, sample_size=8):
+        super().__init__()
+        self.conv_in = torch.nn.Conv2d(in_channels, 8, 3, padding=1, bias=False)
+        self.norm_in = Activated(8)
+        self.time = torch.nn.Linear(2, 8)
+        self.middle = torch.nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.norm = torch.nn.BatchNorm2d(8)
+        self.conv_out = torch.nn.Conv2d(8, in_channels, 3, padding=1)
+
+    def forward(self, sample, timestep, return_dict=True):
+        time = torch.as_tensor(timestep).float().expand(len(sample)) / 1000
+        embedded = self.time(torch.stack([time.cos(), time.sin()], 1))
+        x = self.norm_in(self.conv_in(sample)) + embedded[:, :, None, None]
+        output = self.conv_out(self.norm(self.middle(x)))
+        return UNet2DOutput(output) if return_dict else (output,)
+
+
+def test_folded_batch_norms_are_described(tmp_path, monkeypatch):
+    monkeypatch.setattr(diffusers, "Normed", Normed, raising=False)
+    torch.manual_seed(0)
+    denoiser = Normed()
+    for norm in (denoiser.norm_in, denoiser.norm):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    denoiser.save_pretrained(tmp_path / "model")
+    task = {"scheduler": "DDIMScheduler"}
+    chosen = recipe(tmp_path / "model", ["round"], task=task, ignore=["middle"])
+    exported = chosen.model_copy(update={"export": [ptqcore.recipe.Entry(name="diffusers")]})
+    record = ptqcore.quantize(exported, "diffusion", tmp_path / "out")
+    assert record.map.folded == 2
+    assert record.exports["diffusers"].largest_difference == 0
+    read = Normed.from_pretrained(tmp_path / "out/exports/diffusers")
+    assert not [name for name in read.state_dict() if "running" in name]
+    read.save_pretrained(tmp_path / "again")
+    x = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        expected = ptqcore.load(tmp_path / "out")(x, 3).sample
+        for loaded in (read, Normed.from_pretrained(tmp_path / "again")):
+            assert torch.equal(loaded(x, 3).sample, expected)

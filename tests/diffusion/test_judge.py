@@ -97,10 +97,11 @@ def test_the_temporal_error_is_shown_as_mean_and_worst_of_each_timestep() -> Non
     assert shown.x == [1.0, 41.5]
     assert shown.series == {
         "naive baseline: mean": [1.5, 0.75],
-        "naive baseline: worst": [2.0, 1.0],
         "quantized: mean": [0.5, 0.5],
+        "naive baseline: worst": [2.0, 1.0],
         "quantized: worst": [0.75, 1.0],
     }
+    assert [name.rpartition(" ")[2] for name in shown.series] == ["mean", "mean", "worst", "worst"]
     assert "of 2 temporal features" in shown.note
     assert shown.note.endswith("Worst of the quantized model: b at timestep 41.5.")
 

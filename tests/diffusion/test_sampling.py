@@ -190,6 +190,27 @@ def test_frames_of_videos_stand_below_each_other():
     assert torch.equal(samples.images[1, :, 16:32], torch.tensor(frames[1, 1]).movedim(-1, 0))
 
 
+def test_as_many_frames_as_asked_for():
+    options = SamplingOptions(steps=2, prompts=PROMPTS, height=16, width=16, frames=5)
+    samples = sample(whole(tiny.text_to_video(), "transformer"), options, [0, 1])
+    assert samples.images.shape == (2, 3, 5 * 16, 16)
+    assert samples.states.shape == (2, 2, 16, 2, 2, 2)
+
+
+def test_negative_prompts_in_turn_as_prompts():
+    pipeline, away = tiny.text_to_image(), ("blurred", "ugly", "many hands")
+    options = SamplingOptions(steps=3, prompts=PROMPTS, negative_prompts=away, guidance=4.0)
+    samples = sample(whole(pipeline), options, [1, 2])
+    pipeline.set_progress_bar_config(disable=True)
+    given = {"num_inference_steps": 3, "guidance_scale": 4.0, "generator": generators([1, 2])}
+    expected = pipeline(
+        [PROMPTS[1], PROMPTS[0]], negative_prompt=[away[1], away[2]], output_type="pt", **given
+    ).images
+    assert torch.equal(samples.images, expected)
+    without = sample(whole(pipeline), SamplingOptions(steps=3, prompts=PROMPTS, guidance=4.0), [1, 2])
+    assert not torch.equal(samples.images, without.images)
+
+
 def test_heun_has_a_state_for_each_half_of_a_step():
     loaded = set_scheduler(bare(), "HeunDiscreteScheduler")
     assert len(sample(loaded, SamplingOptions(steps=5), SEEDS).states) == 2 * 5 - 1
@@ -255,9 +276,21 @@ def test_images_are_not_blackened():
 def test_options_that_a_model_cannot_take():
     text, unet = whole(tiny.text_to_image()), bare()
     assert "set task.prompts to a file" in fails(text, DataError)
-    assert "takes no class_labels" in fails(text, DataError, prompts=PROMPTS, labels=(1,))
+    assert fails(text, DataError, prompts=PROMPTS, labels=(1,)) == (
+        "StableDiffusionPipeline takes no class_labels: leave task.labels out"
+    )
+    assert fails(text, DataError, prompts=PROMPTS, frames=5) == (
+        "StableDiffusionPipeline takes no num_frames: leave task.frames out"
+    )
+    assert fails(whole(tiny.class_to_image(), "transformer"), DataError, negative_prompts=PROMPTS) == (
+        "DiTPipeline takes no negative_prompt: leave task.negative_prompts out"
+    )
     assert "have to be divisible by 8" in fails(text, DataError, prompts=PROMPTS, height=7, width=8)
-    assert "takes no prompts" in fails(unet, DataError, prompts=PROMPTS)
+    assert fails(unet, DataError, prompts=PROMPTS) == "UNet2DModel takes no prompts: leave task.prompts out"
+    assert "takes no negative prompts: leave task.negative_prompts out" in fails(
+        unet, DataError, negative_prompts=PROMPTS
+    )
+    assert "takes no frames: leave task.frames out" in fails(unet, DataError, frames=5)
     assert "takes no class labels" in fails(unet, DataError, labels=(1,))
     assert "cannot be guided" in fails(unet, DataError, guidance=2.0)
     assert "task.labels has 3, but UNet2DModel knows 0 to 2" in fails(
@@ -324,6 +357,7 @@ def test_prompts_from_a_file(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("a cat\n\n  zwei Hunde äße \n", encoding="utf-8")
     assert read_prompts(str(file)) == ("a cat", "zwei Hunde äße")
+    assert read_prompts(None) == ()
     file.write_text("\n \n")
     with pytest.raises(DataError, match="holds no prompt"):
         read_prompts(str(file))

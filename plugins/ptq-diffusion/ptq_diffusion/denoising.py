@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ptq_diffusion import embedded, pipelines
+from ptq_diffusion.adapters import refuse_adapters
 from ptq_diffusion.calls import DenoiserCall
 from ptq_diffusion.drawing import SamplingOptions
 from ptq_diffusion.judge import Judge
@@ -51,10 +52,16 @@ class DenoisingOptions(TaskOptions):
     seeds: int = Field(default=1_000_000, ge=0, description="seed of the first judged image")
     batch: int = Field(default=32, ge=1, description="images sampled at once")
     prompts: str | None = Field(default=None, description="UTF-8 file, one prompt a line")
+    negative_prompts: str | None = Field(
+        default=None, description="UTF-8 file, one a line, of what not to draw; null: the pipeline's own"
+    )
     labels: tuple[int, ...] = Field(default=(), description="classes to draw; by default all in turn")
     guidance: float | None = Field(default=None, description="scale of the guidance; null: the pipeline's")
     height: int | None = Field(default=None, ge=1, description="of the images, in pixels")
     width: int | None = Field(default=None, ge=1, description="of the images, in pixels")
+    frames: int | None = Field(
+        default=None, ge=1, description="of the videos that a pipeline makes; null: the pipeline's own"
+    )
     eta: float = Field(default=0.0, ge=0, le=1, description="share of fresh noise in each step of DDIM")
     unseen: Unseen = Field(
         default="nearest",
@@ -131,6 +138,7 @@ class Denoising(Task):
             raise ArtifactError(
                 f"{folder / _CONFIG} does not describe a denoiser of diffusers: {error}"
             ) from None
+        refuse_adapters(model)
         return model.eval()
 
     @cached_property
@@ -145,11 +153,13 @@ class Denoising(Task):
         return SamplingOptions(
             steps=options.steps,
             batch=options.batch,
-            prompts=() if options.prompts is None else read_prompts(options.prompts),
+            prompts=read_prompts(options.prompts, "task.prompts"),
+            negative_prompts=read_prompts(options.negative_prompts, "task.negative_prompts"),
             labels=options.labels,
             guidance=options.guidance,
             height=options.height,
             width=options.width,
+            frames=options.frames,
             eta=options.eta,
         )
 

@@ -16,31 +16,43 @@ from ptq_diffusion.scheduling import line_of
 from ptqcore import DataError, ModelError
 
 _REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_KEYS = {
+    "prompt": "prompts",
+    "negative_prompt": "negative_prompts",
+    "class_labels": "labels",
+    "guidance_scale": "guidance",
+    "num_frames": "frames",
+}
+"""Parameter of pipelines → key of `task`, where they have other names."""
 OnStep = Callable[[Tensor], None]
 """Is given x [rows, …] after every step of the scheduler."""
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How images are made. Seed s takes prompt s modulo their number, and the label likewise, so that a
-    seed gives the same image whatever other seeds stand beside it.
+    """How images are made. Seed s takes prompt s modulo their number, and the negative prompt and the label
+    likewise, so that a seed gives the same image whatever other seeds stand beside it.
 
     steps: number of inference steps, as the scheduler counts them.
     batch: images that are made at once.
     prompts: what to draw, for models that are told so in words.
+    negative_prompts: what not to draw; guidance leads away from it. By default the pipeline's own.
     labels: classes to draw; by default all of the model in turn.
     guidance: scale of the guidance; by default the pipeline's own, and none for a denoiser alone.
     height, width: in pixels, both or neither; by default the model's own.
+    frames: of a video; by default the pipeline's own.
     eta: share of fresh noise in every step of DDIM.
     """
 
     steps: int = 50
     batch: int = 16
     prompts: tuple[str, ...] = ()
+    negative_prompts: tuple[str, ...] = ()
     labels: tuple[int, ...] = ()
     guidance: float | None = None
     height: int | None = None
     width: int | None = None
+    frames: int | None = None
     eta: float = 0.0
 
 
@@ -135,25 +147,28 @@ def _arguments(
     given = {"num_inference_steps": options.steps, "generator": generators, "output_type": "np"}
     asked = {
         "prompt": options.prompts or None,
+        "negative_prompt": options.negative_prompts or None,
         "class_labels": options.labels or None,
         "guidance_scale": options.guidance,
         "height": options.height,
         "width": options.width,
+        "num_frames": options.frames,
         "eta": options.eta or None,
     }
     asked = {key: value for key, value in asked.items() if value is not None}
     for key in asked:
         if key not in parameters:
-            raise DataError(f"{name} takes no {key}, but {asked[key]!r} is given")
+            raise DataError(f"{name} takes no {key}: leave task.{_KEYS.get(key, key)} out")
     given |= asked
     if "batch_size" in parameters:
         given["batch_size"] = len(seeds)
     if "class_labels" in parameters:
         given["class_labels"] = _labels(loaded, options, seeds)
-    if "prompt" in parameters:
-        if not options.prompts:
-            raise DataError(f"{name} draws what words say: set task.prompts to a file of prompts")
-        given["prompt"] = [options.prompts[seed % len(options.prompts)] for seed in seeds]
+    if "prompt" in parameters and not options.prompts:
+        raise DataError(f"{name} draws what words say: set task.prompts to a file of prompts")
+    for key, words in (("prompt", options.prompts), ("negative_prompt", options.negative_prompts)):
+        if words:
+            given[key] = [words[seed % len(words)] for seed in seeds]
     needed = [
         key for key, each in parameters.items() if each.default is each.empty and each.kind not in _REST
     ]
@@ -210,8 +225,9 @@ class _Predictor:
             self.conditions["class_labels"] = torch.tensor(_labels(loaded, options, seeds))
         elif options.labels:
             raise DataError(f"{_name(loaded)} takes no class labels, but task.labels is {options.labels}")
-        if options.prompts:
-            raise DataError(f"{_name(loaded)} takes no prompts, but task.prompts is given")
+        for key in ("prompts", "negative_prompts", "frames"):
+            if getattr(options, key):
+                raise DataError(f"{_name(loaded)} takes no {key.replace('_', ' ')}: leave task.{key} out")
         if self.guidance > 1:
             none = config.get("num_embeds_ada_norm")
             if none is None:

@@ -33,14 +33,12 @@ def temporal_curves(errors: Mapping[str, Mapping[str, Tensor]], timesteps: Tenso
     tables = {model: torch.stack(list(features.values())) for model, features in errors.items()}
     last, table = list(tables.items())[-1]
     feature, at = divmod(int(table.argmax()), table.shape[1])
-    series = {}
-    for model, each in tables.items():
-        series[f"{model}: mean"] = each.mean(0).tolist()
-        series[f"{model}: worst"] = each.amax(0).tolist()
+    means = {f"{model}: mean": each.mean(0).tolist() for model, each in tables.items()}
+    worst = {f"{model}: worst": each.amax(0).tolist() for model, each in tables.items()}
     return Curves(
         "Temporal error",
         timesteps.tolist(),
-        series,
+        means | worst,
         "timestep",
         "1 - cosine to the full-precision feature",
         f"Mean and worst of {len(table)} temporal features. Sampling goes from right to left. Worst of the "

@@ -17,9 +17,11 @@ class FiniteSetOptions(StepOptions):
 
 
 class FiniteSetCalibration(TemporalStep):
-    """Static activations get one range for each timestep of the schedule, by the recipe's observer.
+    """Static activations get one range for each timestep of the schedule, looked up by the value of the
+    timestep, once a call of the denoiser.
 
-    They are looked up by the value of the timestep, once a call of the denoiser.
+    Inputs of the temporal block take one value at each timestep, and get the range of that; in other
+    schedules too. For other activations the recipe's observer finds it.
     """
 
     name = "finite-set-calibration"
@@ -34,4 +36,4 @@ class FiniteSetCalibration(TemporalStep):
             paths = [path for path, _ in model.named_modules()]
         elif not paths:
             say("finite-set-calibration: the denoiser has no layer that depends on the timestep alone")
-        self.context.grids.range_for_each_timestep(paths)
+        self.context.grids.range_for_each_timestep(paths, of_timestep=temporal.block)

@@ -14,6 +14,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
+from ptq_diffusion.adapters import refuse_adapters
 from ptqcore import ModelError, PtqError, Structure
 
 
@@ -49,6 +50,7 @@ class PtqQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         model.eval()
+        refuse_adapters(model)
         return model
 
     @property
@@ -72,7 +74,7 @@ def load_pipeline(folder: str | Path) -> Any:
 
     kind: Any = diffusers.DiffusionPipeline
     try:
-        return kind.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+        pipeline = kind.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
     except PtqError:
         raise
     except Exception as error:
@@ -80,6 +82,9 @@ def load_pipeline(folder: str | Path) -> Any:
         raise ModelError(
             f"{str(folder)!r} holds no pipeline that diffusers can load: {line[0] if line else error!r}"
         ) from error
+    if any(_is_quantized(component) for component in pipeline.components.values()):
+        refuse_adapters(pipeline)
+    return pipeline
 
 
 def load_denoiser(folder: str | Path, kind: Any) -> nn.Module:
@@ -93,6 +98,17 @@ def load_denoiser(folder: str | Path, kind: Any) -> nn.Module:
 def describe(model: nn.Module) -> PtqConfig:
     """The configuration of a quantized denoiser."""
     return PtqConfig(Structure.of(model).model_dump(mode="json"))
+
+
+def describe_anew(model: Any) -> None:
+    """Let a denoiser that diffusers has loaded be saved with the structure that it now has."""
+    if _is_quantized(model):
+        model.hf_quantizer.quantization_config = describe(model)
+        model.register_to_config(quantization_config=model.hf_quantizer.quantization_config)
+
+
+def _is_quantized(component: Any) -> bool:
+    return isinstance(getattr(component, "hf_quantizer", None), PtqQuantizer)
 
 
 auto.AUTO_QUANTIZER_MAPPING[Method.PTQCORE.value] = PtqQuantizer

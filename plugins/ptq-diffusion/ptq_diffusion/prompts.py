@@ -5,12 +5,14 @@ from pathlib import Path
 from ptqcore import DataError
 
 
-def read_prompts(path: str, key: str = "task.prompts") -> tuple[str, ...]:
-    """The lines of a UTF-8 text file that are not blank, one prompt each.
+def read_prompts(path: str | None, key: str = "task.prompts") -> tuple[str, ...]:
+    """The lines of a UTF-8 text file that are not blank, one prompt each; none without a file.
 
     Raises:
         DataError: naming the recipe key, if the file cannot be read or has no such line.
     """
+    if path is None:
+        return ()
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

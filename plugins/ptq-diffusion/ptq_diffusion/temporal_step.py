@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ptq_diffusion.calls import DenoiserCall
 from ptq_diffusion.temporal import TemporalMap, find_temporal
@@ -36,3 +36,9 @@ class TemporalStep(Step):
             handle.remove()
         self.call = calls[0]
         return find_temporal(model, flow, self.call)
+
+    @property
+    def times_of_rows(self) -> Tensor:
+        """The time of the traced call, one for all its rows or one for each [rows]."""
+        times = self.call.times
+        return times if times.ndim < 2 else times[:, 0]

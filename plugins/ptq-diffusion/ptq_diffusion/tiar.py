@@ -1,46 +1,69 @@
-"""The step `tiar`: temporal information aware reconstruction (TFMQ-DM, Huang et al., CVPR 2024)."""
+"""The step `tiar`: temporal information aware reconstruction (TFMQ-DM, Huang et al., CVPR 2024), and tables
+of temporal features in its place (Huang et al., TPAMI 2025, arXiv 2407.19547)."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from ptq_diffusion.caching import Caching, prove, with_one_value
 from ptq_diffusion.features_of_time import TimePath
+from ptq_diffusion.judge import temporal_errors
+from ptq_diffusion.table_correction import TableCorrection
+from ptq_diffusion.temporal_rounding import round_together, rounded_features
 from ptq_diffusion.temporal_step import TemporalStep
 from ptqcore import (
     Block,
     Calibration,
+    Context,
     Dataflow,
     LearnedRounding,
-    ModelError,
-    Problem,
     QuantizedTensor,
     Schedule,
     StepOptions,
-    reconstruct,
+    Timesteps,
+    TimestepTable,
+    replace_by_table,
     say,
     weight_rows,
 )
 
 
 class TIAROptions(StepOptions):
-    """iterations: updates, each on all timesteps of the schedule. rate: learning rate of the rounding
+    """mode: `reconstruct`, round the weights of the temporal block together; `cache`, put tables of the
+    full-precision temporal features in their place; `auto`, for each feature a table where it takes no more
+    bytes than the packed weights that it replaces, or where the reconstructed feature's error is above the
+    tolerance: the mean of 1 − cos over the timesteps, weights rounded and activations not.
+
+    correction: once the rest of a block is quantized, the tables of features that are only added to another
+    tensor take the mean error of that sum, for each channel and timestep.
+
+    iterations: updates, each on all timesteps of the schedule. rate: learning rate of the rounding
     variables (the paper's 20,000 iterations have 1e-3)."""
 
+    mode: Literal["reconstruct", "cache", "auto"] = "reconstruct"
+    tolerance: float = Field(default=1e-3, ge=0)
+    correction: bool = False
     iterations: int = Field(default=1000, ge=1)
     rate: float = Field(default=1e-2, gt=0)
 
+    @model_validator(mode="after")
+    def _check(self) -> "TIAROptions":
+        if self.correction and self.mode == "reconstruct":
+            raise ValueError("correction is for tables: set mode to cache or auto")
+        return self
+
 
 class TIAR(TemporalStep):
-    """Rounds the weights of the temporal block together, so that Σᵢ ‖gᵢ(h(t)) − ĝᵢ(ĥ(t))‖² over the
-    temporal features and exactly the timesteps of the schedule is small.
+    """Brings the temporal features of a quantized denoiser back, at exactly the timesteps of the schedule:
+    by rounding the weights of the temporal block together, so that Σᵢ ‖gᵢ(h(t)) − ĝᵢ(ĥ(t))‖² over the
+    features is small, or by tables of gᵢ(h(t)), which are exact.
 
     The block is h, what embeds the timestep, and all gᵢ that hand it to the rest of the denoiser. No image
-    has a say, so that nothing is fitted to the calibration samples. The rest of the recipe's steps find the
-    block quantized.
+    has a say, so that nothing is fitted to the calibration samples (but for the correction of tables). The
+    rest of the recipe's steps find the block quantized.
     """
 
     name = "tiar"
@@ -49,25 +72,102 @@ class TIAR(TemporalStep):
     stage = "quantize"
     partial = True
 
+    def __init__(self, options: TIAROptions, context: Context) -> None:
+        super().__init__(options, context)
+        self.needs_exact = options.correction
+
     def prepare(self, model: nn.Module, flow: Dataflow, run: Callable[[], object]) -> None:
         self._learned: dict[str, QuantizedTensor] = {}
+        self._tables: dict[str, Tensor] = {}
         self._losses: list[float] = []
+        self._correction = TableCorrection(flow)
         temporal = self.find(model, flow, run)
-        paths = [path for path in temporal.block if self.context.reason_to_skip(path) is None]
-        if not temporal.features or not paths:
+        targets = self.context.targets(Block(model, ""))
+        layers = {path: targets[path] for path in temporal.block if path in targets}
+        if not temporal.features or not layers:
             say("tiar: the denoiser has no temporal features that are quantized")
             return
+        self._times = torch.tensor(self.timesteps)
         way = TimePath(model, self.call, temporal)
-        roundings = {path: self._rounding(path, model.get_submodule(path)) for path in paths}
-        self._reconstruct(model, way, roundings)
-        self._learned = {path: rounding.hard() for path, rounding in roundings.items()}
+        with torch.no_grad():
+            features = way(self._times)
+        single = with_one_value(layers, run)
+        caching = Caching(flow, temporal, single, self.context.grids.weights, features)
+        chosen = self._at_once(caching)
+        gone = caching.tables(chosen)
+        roundings = {path: self._rounding(path, one) for path, one in layers.items() if path not in gone}
+        left = {path: feature for path, feature in features.items() if path not in gone}
+        if left and roundings:
+            self._round(model, way, left, roundings)
+        if self.options.mode == "auto":
+            found = rounded_features(model, way, roundings, self._times)
+            chosen = self._with_inexact(caching, chosen, left, found)
+        self._tables = caching.tables(chosen)
+        self._learned = {path: one.hard() for path, one in roundings.items() if path not in self._tables}
+        if self.options.mode != "reconstruct":
+            self._say(caching, chosen, len(set(features) & set(layers)))
+        if self._tables:
+            self.context.grids.tables.update(self._tables)
+            with Timesteps.of(self.timesteps, self.call.timestep).during(self.times_of_rows):
+                prove(model, self._tables, run)
+
+    def before(self, block: Block, calibration: Calibration) -> None:
+        if self.options.correction:
+            self._correction.before(
+                calibration, [path for path, table in self._tables.items() if len(table)]
+            )
 
     def block(self, block: Block, calibration: Calibration) -> None:
-        for path in self.context.targets(block):
-            if path in self._learned:
+        for path in block.layers():
+            if len(self._tables.get(path, ())):
+                replace_by_table(block.model, path, self._tables[path])
+            elif path in self._learned:
                 self.quantize_layer(block, calibration, path, self._learned.pop(path))
                 calibration.losses += self._losses
                 self._losses = []
+
+    def after(self, block: Block, calibration: Calibration) -> None:
+        if self.options.correction:
+            self._correction.after(calibration)
+
+    def finish(self, model: nn.Module) -> None:
+        for path, table in self._tables.items():  # what no block holds, and what nothing reads any more
+            if not isinstance(model.get_submodule(path), TimestepTable):
+                replace_by_table(model, path, table)
+
+    def _at_once(self, caching: Caching) -> list[str]:
+        """The features that get tables whatever reconstruction could do."""
+        if self.options.mode == "cache":
+            return caching.features
+        return caching.chosen_by_size() if self.options.mode == "auto" else []
+
+    def _with_inexact(
+        self,
+        caching: Caching,
+        chosen: list[str],
+        wanted: dict[str, Tensor],
+        found: dict[str, Tensor],
+    ) -> list[str]:
+        """The chosen features and those whose error is above the tolerance, in the order of their calls."""
+        errors = {path: float(error.mean()) for path, error in temporal_errors(found, wanted).items()}
+        tolerance = self.options.tolerance
+        worse = {path for path, error in errors.items() if error > tolerance}
+        both = [path for path in caching.features if path in chosen or path in worse]
+        say(
+            f"tiar: {len(chosen)} temporal features get tables for their size, {len(both) - len(chosen)} "
+            f"more for an error above {tolerance:g} (largest {max(errors.values(), default=0.0):.2g})"
+        )
+        return both
+
+    def _say(self, caching: Caching, chosen: list[str], features: int) -> None:
+        """What the tables take, and what they replace."""
+        other = len(self._tables) - len(chosen)
+        say(
+            f"tiar: tables of {len(self.timesteps)} timesteps for {len(chosen)} of {features} temporal "
+            f"features, {caching.bytes_of(chosen) / 1e3:.1f} kB, in the place of weights of "
+            f"{caching.bytes_packed(self._tables) / 1e3:.1f} kB packed; {other} layers that only they read "
+            "are left out"
+        )
 
     def _rounding(self, path: str, layer: nn.Module) -> LearnedRounding:
         quant = self.context.grids.weights(path)
@@ -76,54 +176,14 @@ class TIAR(TemporalStep):
         observer.update(weight.flatten(1).float())
         return LearnedRounding(weight, QuantizedTensor.from_range(weight, *observer.range(), quant.spec))
 
-    def _reconstruct(
-        self, model: nn.Module, way: TimePath, roundings: Mapping[str, LearnedRounding]
+    def _round(
+        self,
+        model: nn.Module,
+        way: TimePath,
+        wanted: Mapping[str, Tensor],
+        roundings: Mapping[str, LearnedRounding],
     ) -> None:
         """Learn the roundings; the loss of each update is kept for the report."""
-        timesteps = torch.tensor(self.timesteps)
-        with torch.no_grad():
-            wanted = way(timesteps)
-
-        def predict(rows: Sequence[int]) -> list[Tensor]:
-            weights = {path: rounding.weight for path, rounding in roundings.items()}
-            with torch.enable_grad(), replaced(model, weights):
-                return list(way(timesteps[list(rows)]).values())
-
-        problem = Problem(
-            "temporal block",
-            len(timesteps),
-            predict,
-            lambda rows: [wanted[path][list(rows)] for path in way.features],
-            list(roundings.values()),
-            [],
-            squared_error,
-            len(timesteps),
-        )
-        schedule = Schedule(self.options.iterations, len(timesteps), self.options.rate, 0.0)
+        schedule = Schedule(self.options.iterations, len(self._times), self.options.rate, 0.0)
         generator = torch.Generator().manual_seed(self.context.seed)
-        try:
-            with torch.enable_grad():
-                reconstruct(problem, schedule, generator)
-        except FloatingPointError as error:
-            raise ModelError(f"{error}: lower the rate of the step tiar") from None
-        self._losses = problem.history
-
-
-def squared_error(predicted: list[Tensor], target: list[Tensor], _: str) -> Tensor:
-    """Σ over features of the squared norm of the difference, mean over timesteps (TFMQ-DM)."""
-    errors = [(p - t).square().sum(-1).mean() for p, t in zip(predicted, target, strict=True)]
-    return torch.stack(errors).sum()
-
-
-@contextmanager
-def replaced(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Compute layers with other weights, with gradients, for a while."""
-    layers = {path: model.get_submodule(path) for path in weights}
-    kept = {path: layer._parameters["weight"] for path, layer in layers.items()}
-    for path, layer in layers.items():
-        layer._parameters["weight"] = weights[path]  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for path, layer in layers.items():
-            layer._parameters["weight"] = kept[path]
+        self._losses = round_together(model, way, wanted, roundings, self._times, schedule, generator)

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from ptq_llm import models, zero_shot
-from ptq_llm.bench_job import Exam, Job, Kind, digest_files
+from ptq_llm.bench_job import Exam, Job, Kind
 from ptq_llm.bench_table import Row, make_rows, write_tables
 from ptq_llm.causal_lm import SELF, options_of
-from ptqcore import ArtifactError, DataError, Recipe, RecipeError, say, track
+from ptqcore import ArtifactError, DataError, Recipe, RecipeError, digest_files, say, track
 
 _PACKAGES = ("ptqcore", "ptq-llm", "torch", "transformers")
 _OWN_KEYS = {"task.model": "--model", "task.text": "--text", "task.shared": "--output"}

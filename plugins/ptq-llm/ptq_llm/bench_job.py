@@ -1,8 +1,6 @@
 """One recipe on one model: what its process is told, and the files that it leaves its figures in."""
 
-import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -119,19 +117,6 @@ class Job:
         """What `to_json` wrote."""
         data = json.loads(text)
         return cls(**data | {"exams": [Exam(**exam) for exam in data["exams"]]})
-
-
-def digest_files(files: Iterable[Path]) -> str:
-    """SHA-256 of the contents of files, in their order.
-
-    Raises:
-        OSError: if one cannot be read.
-    """
-    total = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
 
 
 def _read(file: str) -> dict[str, Any] | None:

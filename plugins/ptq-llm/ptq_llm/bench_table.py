@@ -1,15 +1,11 @@
 """The table of the bench: Markdown to read, CSV to compute with, and a web page with charts."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from io import StringIO
 from pathlib import Path
 
 from ptq_llm.bench_job import Cost, Job, Verdict
-from ptqcore import BarChart, TablePage, write_text
-
-Cell = str | float | None
+from ptqcore import BarChart, Cell, TablePage, csv_table, markdown_table, write_text
 
 FULL_PRECISION = "full precision"
 NOTES = (
@@ -118,12 +114,7 @@ def write_tables(rows: Sequence[Row], folder: Path) -> None:
 
 def to_csv(rows: Sequence[Row]) -> str:
     """The cells with all their digits, in the units that the columns name; what is unknown is empty."""
-    columns, cells = table(rows)
-    text = StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(cells)
-    return text.getvalue()
+    return csv_table(*table(rows))
 
 
 def _for_people(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, Cell]]]:
@@ -141,18 +132,7 @@ def _in_unit(column: str, cell: Cell) -> Cell:
 
 def to_markdown(rows: Sequence[Row]) -> str:
     """A table with five significant digits, and what its columns mean."""
-    headings, cells = _for_people(rows)
-    numeric = [not any(isinstance(row[heading], str) for row in cells) for heading in headings]
-    lines = [headings, ["--:" if number else "---" for number in numeric]]
-    lines += [[_text(row[heading]) for heading in headings] for row in cells]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{table}\n\n" + "".join(f"- {note}\n" for note in NOTES)
-
-
-def _text(cell: Cell) -> str:
-    if cell is None:
-        return ""
-    return cell.replace("|", "\\|") if isinstance(cell, str) else f"{cell:.5g}"
+    return markdown_table(*_for_people(rows), NOTES)
 
 
 def to_html(rows: Sequence[Row]) -> str:

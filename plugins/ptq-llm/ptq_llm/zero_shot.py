@@ -9,9 +9,8 @@ from typing import Any
 
 import yaml
 
-from ptq_llm.bench_job import digest_files
 from ptq_llm.models import LanguageModel
-from ptqcore import DataError, digest_of
+from ptqcore import DataError, digest_files, digest_of
 
 _BUILDERS = ("arrow", "csv", "json", "parquet", "text")
 
