@@ -27,8 +27,8 @@ def add_timesteps(
     Args:
         model: changed in place, unless an error is raised.
         timesteps: those that it has ranges for are left out.
-        compute: computes, at a timestep, the model or as much of it as depends on the timestep alone; of
-            any sample.
+        compute: computes, at a timestep and at no other, the model or as much of it as depends on the
+            timestep alone; of any sample.
 
     Returns:
         The timesteps that were added, in rising order.

@@ -8,8 +8,12 @@ from ptqcore import Plugin
 
 if TYPE_CHECKING:
     from ptq_diffusion.hub import load_pipeline as load_pipeline
+    from ptq_diffusion.rescheduling import add_timesteps as add_timesteps
+    from ptq_diffusion.rescheduling import set_schedule as set_schedule
 
-__all__ = ["load_pipeline", "plugin"]
+_HOME = {"add_timesteps": "rescheduling", "load_pipeline": "hub", "set_schedule": "rescheduling"}
+
+__all__ = [*_HOME, "plugin"]
 
 plugin = Plugin(
     name="diffusion",
@@ -21,6 +25,7 @@ plugin = Plugin(
     exporters={"diffusers": "ptq_diffusion.diffusers_export:DiffusersExport"},
     recipes="ptq_diffusion/recipes",
     default_recipe="w4a8",
+    commands="ptq_diffusion.commands:app",
 )
 
 register()
@@ -28,6 +33,6 @@ register()
 
 def __getattr__(name: str) -> Any:
     """Import a public name at its first use, so that the command line starts without torch."""
-    if name != "load_pipeline":
+    if name not in _HOME:
         raise AttributeError(f"module 'ptq_diffusion' has no attribute {name!r}")
-    return import_module("ptq_diffusion.hub").load_pipeline
+    return getattr(import_module(f"ptq_diffusion.{_HOME[name]}"), name)

@@ -1,7 +1,6 @@
 """Another schedule for a quantized denoiser: ranges for its timesteps, in seconds and without images."""
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
 from inspect import signature
 from typing import Any
 
@@ -99,8 +98,7 @@ def _add(denoiser: nn.Module, timesteps: Sequence[float], call: DenoiserCall) ->
     if known is None:
         raise ModelError("the denoiser has the same ranges at all timesteps: it can be given any of them")
     with known.accepting():
-        part = cache(partial(_temporal_part, denoiser, call))
-        added = add_to_tables(denoiser, timesteps, lambda timestep: part()(timestep))
+        added = add_to_tables(denoiser, timesteps, _temporal_part(denoiser, call))
     describe_anew(denoiser)
     return added
 
