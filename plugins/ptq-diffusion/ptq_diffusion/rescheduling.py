@@ -34,9 +34,11 @@ def set_schedule(
     denoiser computes at the timesteps that it knew does not change.
 
     Args:
-        pipeline: of diffusers, for example from `load_pipeline`; changed in place, and can be saved.
+        pipeline: of diffusers, as `load_pipeline` has loaded it, in single precision on the CPU; changed in
+            place, and can be saved.
         steps: inference steps.
-        scheduler: class of diffusers that takes the place of the pipeline's scheduler.
+        scheduler: class of diffusers that takes the place of the pipeline's scheduler, and that the pipeline
+            can sample with (DDIMPipeline and DDPMPipeline only can with their own).
         height, width: of the images in pixels, where timesteps depend on them.
         config: settings of the scheduler, for example `timestep_spacing="trailing"`.
 
