@@ -14,6 +14,8 @@ from torch.utils._pytree import (
 )
 
 OUTPUT = "output"
+LARGEST = "largest "
+"""Begins the key under which an ONNX file holds how large an open dimension may be."""
 
 
 def named_inputs(model: nn.Module, sample: Any) -> dict[str, Tensor]:

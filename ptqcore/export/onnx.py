@@ -17,6 +17,7 @@ from ptqcore.recipe import QuantSection
 from ptqcore.report.record import Verification
 from ptqcore.spec import QuantSpec
 from ptqcore.task import Task
+from ptqcore.timesteps import timesteps_of
 
 if TYPE_CHECKING:  # the packages of the optional dependency are imported where a model is exported
     from ptqcore.export.onnx_calls import LayerCall
@@ -37,6 +38,7 @@ class OnnxExporter(Exporter):
     """
 
     holds_attachments = True
+    holds_timesteps = True
 
     @abstractmethod
     def place(self, editor: "OnnxEditor", calls: "Sequence[LayerCall]") -> None:
@@ -75,23 +77,30 @@ class OnnxExporter(Exporter):
         from ptqcore.export.onnx_edit import OnnxEditor, save
         from ptqcore.export.onnx_patterns import (
             finish,
+            keep_roundings_before_sums,
             name_nodes,
             pool_globally,
             protect_float_layers,
             unfold_upsampling,
         )
+        from ptqcore.export.onnx_products import multiply_codes
+        from ptqcore.export.onnx_timesteps import look_up
         from ptqcore.export.onnx_trace import trace_marked
 
         marked = trace_marked(model, task, samples)
         editor = OnnxEditor(marked.model)
         name_nodes(editor)
         pool_globally(editor)
-        grids = Activations(editor, marked.activations).grids
+        timesteps = timesteps_of(model)
+        timed = None if timesteps is None else look_up(editor, timesteps)
+        activations = Activations(editor, marked.activations, timed)
         unfold_upsampling(editor)
-        self.place(editor, find_calls(editor, marked, grids))
+        multiply_codes(editor, activations)
+        self.place(editor, find_calls(editor, marked, activations))
         editor.tidy()
+        keep_roundings_before_sums(editor)
         protect_float_layers(editor)
-        finish(editor, marked.dimensions)
+        finish(editor, marked.dimensions, marked.largest)
         save(editor.model, folder / MODEL_FILE, _LARGEST_FILE, _DATA_FILE)
 
     def verify(self, model: nn.Module, task: Task, samples: Sequence[Any], folder: Path) -> Verification:
@@ -105,9 +114,9 @@ class OnnxExporter(Exporter):
 class OnnxQDQ(OnnxExporter):
     """QuantizeLinear and DequantizeLinear, which ONNX Runtime and OpenVINO run in integers.
 
-    Activations: static ranges per tensor, of the scope `dataflow`; of the scope `layers` where all
-    quantized layers are linear. Weights: 2 to 8 bits, per tensor or channel; linear layers with float
-    inputs also in groups.
+    Activations: static ranges per tensor, or one for each timestep, which is an input of the graph; of
+    the scope `dataflow`, or of the scope `layers` where quantized layers are linear or convolutions of one
+    group. Weights: 2 to 8 bits, per tensor or channel; linear layers with float inputs also in groups.
     """
 
     name = "onnx-qdq"
@@ -136,11 +145,12 @@ class OnnxQDQ(OnnxExporter):
                     f"{type(layer).__name__}: set quant.weights.granularity to channel, or add {path} to "
                     "quant.ignore"
                 )
-            if quant.activations is not None and quant.scope != "dataflow":
+            alone = isinstance(layer, nn.Conv2d) and layer.groups == 1
+            if quant.activations is not None and quant.scope != "dataflow" and not alone:
+                what = f"a {type(layer).__name__}" + (" in groups" if isinstance(layer, nn.Conv2d) else "")
                 raise ExportError(
-                    f"export onnx-qdq: engines compute {path}, a {type(layer).__name__}, in integers only "
-                    "where its output is quantized too, and quant.scope is layers: set quant.scope to "
-                    "dataflow"
+                    f"export onnx-qdq: engines compute {path}, {what}, in integers only where its output "
+                    "is quantized too, and quant.scope is layers: set quant.scope to dataflow"
                 )
 
     def place(self, editor: "OnnxEditor", calls: "Sequence[LayerCall]") -> None:

@@ -14,17 +14,14 @@ import onnx_ir as ir
 import torch
 
 from ptqcore import grid
-from ptqcore.export.onnx_edit import OnnxEditor, array, attribute, only_reader, source
+from ptqcore.export.onnx_edit import OnnxEditor, array, attribute, moves, only_reader, source
+from ptqcore.export.onnx_timesteps import TimedGrid, TimedTensors
 from ptqcore.export.onnx_trace import Activation
 from ptqcore.placement import Edge
 from ptqcore.quantizers import FakeQuant
 
 _LARGEST = 255
 _CLIPPING = ("Clip", "Relu")
-_MOVING = {
-    *("DepthToSpace", "Expand", "Flatten", "Gather", "Identity", "MaxPool", "Pad", "Reshape", "Resize"),
-    *("Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"),
-}
 
 
 @dataclass(frozen=True)
@@ -44,12 +41,15 @@ class Grid:
 
 
 class Activations:
-    """The quantized tensors of a graph; `grids`: the output of a DequantizeLinear → its grid."""
+    """The quantized tensors of a graph; `grids`, `codes`: the output of a DequantizeLinear → its grid, and
+    what it reads; `timed`: tensors with a range for each timestep, None if there are none."""
 
-    def __init__(self, editor: OnnxEditor, marks: Mapping[str, Activation]) -> None:
-        self.editor = editor
+    def __init__(
+        self, editor: OnnxEditor, marks: Mapping[str, Activation], timed: TimedTensors | None
+    ) -> None:
+        self.editor, self.timed = editor, timed
         self.grids: dict[ir.Value, Grid] = {}
-        self._codes: dict[ir.Value, ir.Value] = {}
+        self.codes: dict[ir.Value, ir.Value] = {}
         for node in editor.nodes("Mark"):
             one = marks.get(attribute(node, "key", ""))
             if one is not None:
@@ -63,6 +63,11 @@ class Activations:
         """A quantizer instead of a mark and the clipping functions before it."""
         quantizer, value = one.quantizer, mark.inputs[0]
         assert value is not None
+        if quantizer.spec.timesteps is not None:
+            assert self.timed is not None
+            made = TimedGrid.of(label(one.edge), quantizer)
+            self.editor.redirect(mark.outputs[0], self.timed.quantized(value, made))
+            return
         assert quantizer.scale is not None
         value, bounds = _before_clipping(value)
         low, high = (_code(quantizer, bound) for bound in bounds)
@@ -70,8 +75,8 @@ class Activations:
         # The lowest code becomes 0, so that the integer type itself does the clipping.
         shift = min(low, zero_point)
         scale = np.float32(quantizer.scale.item())
-        made = Grid(label(one.edge), scale, zero_point - shift)
-        self.editor.redirect(mark.outputs[0], self._quantized(value, made, (low - shift, high - shift)))
+        held = Grid(label(one.edge), scale, zero_point - shift)
+        self.editor.redirect(mark.outputs[0], self._quantized(value, held, (low - shift, high - shift)))
 
     def _quantized(
         self, value: ir.Value, made: Grid, codes: tuple[int, int] = (0, _LARGEST), place: str = ""
@@ -91,7 +96,7 @@ class Activations:
     def _dequantized(self, codes: ir.Value, made: Grid, name: str, like: ir.Value) -> ir.Value:
         result = self.editor.add("DequantizeLinear", [codes, *made.parameters(self.editor)], name)
         result.shape, result.type = like.shape, like.type
-        self.grids[result], self._codes[result] = made, codes
+        self.grids[result], self.codes[result] = made, codes
         return result
 
     def _spread(self, node: ir.Node) -> None:
@@ -103,7 +108,7 @@ class Activations:
             self._clip_codes(node, value, made)
         elif node.op_type == "AveragePool":
             self._pad_first(node, value, made)
-        elif _moves(node):
+        elif moves(node):
             for output in node.outputs:
                 readers = {user.op_type for user, _ in output.uses()}
                 if (
@@ -124,7 +129,7 @@ class Activations:
     def _clip_codes(self, node: ir.Node, value: ir.Value, made: Grid) -> None:
         """A ReLU of a quantized tensor, done to its codes."""
         name = f"{made.label}.{node.name}"
-        codes = self._clipped(self._codes[value], (made.zero_point, _LARGEST), f"{name}.clip")
+        codes = self._clipped(self.codes[value], (made.zero_point, _LARGEST), f"{name}.clip")
         self.editor.redirect(node.outputs[0], self._dequantized(codes, made, f"{name}.dequantize", value))
 
     def _pad_first(self, node: ir.Node, value: ir.Value, made: Grid) -> None:
@@ -186,12 +191,3 @@ def _code(quantizer: FakeQuant, value: float) -> int:
     assert quantizer.scale is not None
     codes = grid.quantize(torch.tensor([value]), quantizer.scale, quantizer.zero_point, quantizer.spec)
     return int(codes.item())
-
-
-def _moves(node: ir.Node) -> bool:
-    if node.op_type == "Resize":
-        return bool(attribute(node, "mode", "nearest") == "nearest")
-    if node.op_type == "Pad":
-        filling = array(node.inputs[2]) if len(node.inputs) > 2 else None
-        return filling is None or not filling.any()
-    return node.op_type in _MOVING

@@ -1,13 +1,13 @@
 """The calls of quantized layers in a traced graph, and other nodes put in their place."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from ptqcore.errors import ExportError
-from ptqcore.export.onnx_activations import Grid
+from ptqcore.export.onnx_activations import Activations, Grid
 from ptqcore.export.onnx_edit import OnnxEditor, attribute, only_reader, source
+from ptqcore.export.onnx_operands import Operand, TimedOperand, operand
 from ptqcore.export.onnx_trace import Marked, Parameter
 from ptqcore.modules import QuantModule
 
@@ -18,7 +18,7 @@ class LayerCall:
 
     name: the layer's path, with `#1`, `#2`, … for further calls. path: the layer's path. product: the
     node that multiplies. weight, bias: the marks on its weight and its bias. grid: of its input, if that
-    is quantized.
+    has one. operand: the input as codes, if it is on that grid or on one of its timestep.
     """
 
     name: str
@@ -28,6 +28,7 @@ class LayerCall:
     weight: ir.Node
     bias: ir.Node | None
     grid: Grid | None
+    operand: Operand | TimedOperand | None
 
     @property
     def input(self) -> ir.Value:
@@ -49,13 +50,13 @@ class LayerCall:
         editor.redirect(product.outputs[0], result)
 
 
-def find_calls(editor: OnnxEditor, marked: Marked, grids: Mapping[ir.Value, Grid]) -> list[LayerCall]:
+def find_calls(editor: OnnxEditor, marked: Marked, activations: Activations) -> list[LayerCall]:
     """All calls, in order.
 
     Args:
         editor: of the graph with its marks.
         marked: what the marks stand for.
-        grids: the quantized tensors of the graph.
+        activations: the quantized tensors of the graph.
 
     Raises:
         ExportError: if a layer became something else than a product.
@@ -63,19 +64,23 @@ def find_calls(editor: OnnxEditor, marked: Marked, grids: Mapping[ir.Value, Grid
     found = {attribute(node, "key", ""): node for node in editor.nodes("Mark")}
     biases = {one.site: found.get(key) for key, one in marked.biases.items()}
     return [
-        _call(found[key], one, biases.get(one.site), grids)
+        _call(editor, found[key], one, biases.get(one.site), activations)
         for key, one in marked.weights.items()
         if key in found
     ]
 
 
-def _call(mark: ir.Node, one: Parameter, bias: ir.Node | None, grids: Mapping[ir.Value, Grid]) -> LayerCall:
+def _call(
+    editor: OnnxEditor, mark: ir.Node, one: Parameter, bias: ir.Node | None, activations: Activations
+) -> LayerCall:
     product = only_reader(mark.outputs[0])
     if product is not None and product.op_type == "Transpose":
         product = only_reader(product.outputs[0])
     if product is None or product.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
         raise ExportError(f"export to ONNX: layer {one.site.owner} is written in a form that is not known")
-    value = product.inputs[0]
+    value, grids = product.inputs[0], activations.grids
+    assert value is not None
+    read = operand(editor, activations, value)
     padding = source(value, "Pad")
     if value not in grids and padding is not None:
         value = padding.inputs[0]
@@ -83,4 +88,4 @@ def _call(mark: ir.Node, one: Parameter, bias: ir.Node | None, grids: Mapping[ir
     path = one.site.owner
     name = path + (f"#{one.site.call}" if one.site.call else "")
     product.name = name
-    return LayerCall(name, path, one.layer, product, mark, bias, grid)
+    return LayerCall(name, path, one.layer, product, mark, bias, grid, read)

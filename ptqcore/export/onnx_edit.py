@@ -11,6 +11,11 @@ from onnx_ir.passes import common
 
 from ptqcore.errors import ExportError
 
+_MOVING = {
+    *("DepthToSpace", "Expand", "Flatten", "Gather", "Identity", "MaxPool", "Pad", "Reshape", "Resize"),
+    *("Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"),
+}
+
 
 class OnnxEditor:
     """A graph that is being changed. New nodes are appended; `sort` puts them where they belong."""
@@ -90,6 +95,16 @@ def only_reader(value: ir.Value) -> ir.Node | None:
     """The one node that reads a value; None if several do, or if it leaves the graph."""
     readers = [user for user, _ in value.uses()]
     return readers[0] if len(readers) == 1 and not value.is_graph_output() else None
+
+
+def moves(node: ir.Node) -> bool:
+    """Whether a node only moves values: what it makes lies on the grid of what it reads."""
+    if node.op_type == "Resize":
+        return bool(attribute(node, "mode", "nearest") == "nearest")
+    if node.op_type == "Pad":
+        filling = array(node.inputs[2]) if len(node.inputs) > 2 else None
+        return filling is None or not filling.any()
+    return node.op_type in _MOVING
 
 
 def source(value: ir.Value | None, *kinds: str) -> ir.Node | None:

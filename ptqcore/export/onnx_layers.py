@@ -18,6 +18,9 @@ import onnx_ir as ir
 from ptqcore.errors import ExportError
 from ptqcore.export.onnx_calls import LayerCall
 from ptqcore.export.onnx_edit import OnnxEditor, only_reader
+from ptqcore.export.onnx_operands import TimedOperand
+from ptqcore.export.onnx_patterns import is_rounded
+from ptqcore.export.onnx_window import has_window, window_rows, windows
 from ptqcore.modules import QuantConvTranspose2d, QuantModule
 
 _LARGEST_BIAS = 2**31 - 1
@@ -26,20 +29,29 @@ _LARGEST_BIAS = 2**31 - 1
 def place_layers(editor: OnnxEditor, calls: Iterable[LayerCall]) -> None:
     """Replace the marks of all weights and biases."""
     by_kind: dict[tuple[str, str], list[LayerCall]] = defaultdict(list)
+    quantized = set()
     for call in calls:
         by_kind[call.path, call.product.op_type].append(call)
+        if call.operand is not None:
+            quantized.add(call.path)
     for (path, kind), of_layer in by_kind.items():
         layer = of_layer[0].layer
-        stored = _Stored(editor, path, layer, kind == "Conv" and isinstance(layer, QuantConvTranspose2d))
+        unfolded = kind == "Conv" and isinstance(layer, QuantConvTranspose2d)
+        stored = _Stored(editor, path, layer, unfolded, path in quantized)
         for call in of_layer:
             stored.place(call)
 
 
 class _Stored:
-    """The constants of one layer, shared by its calls; `unfolded`: as `unfold_upsampling` left it."""
+    """The constants of one layer, shared by its calls.
 
-    def __init__(self, editor: OnnxEditor, path: str, layer: QuantModule, unfolded: bool) -> None:
-        self.editor, self.path, self.layer = editor, path, layer
+    unfolded: whether `unfold_upsampling` changed it. mixed: whether only some calls have a quantized input.
+    """
+
+    def __init__(
+        self, editor: OnnxEditor, path: str, layer: QuantModule, unfolded: bool, mixed: bool
+    ) -> None:
+        self.editor, self.path, self.layer, self.mixed = editor, path, layer, mixed
         record = self.layer.quantized_weight
         rows = record.shape[0]
         codes = record.codes.cpu().numpy().astype(np.int16).reshape(rows, -1)
@@ -70,7 +82,9 @@ class _Stored:
     def place(self, call: LayerCall) -> None:
         """Put the constants into one call."""
         linear = call.product.op_type in ("Gemm", "MatMul")
-        if linear and call.grid is None:
+        if self._is_outside(call):
+            self._multiplied_outside(call)
+        elif linear and call.grid is None:
             self._compressed(call)
         elif linear and call.bias is None:
             self._multiplied(call)
@@ -83,10 +97,55 @@ class _Stored:
             if call.bias is not None:
                 call.product.replace_input_with(2, self._bias(call))
 
+    def _is_outside(self, call: LayerCall) -> bool:
+        """Whether a layer's input is on a grid of its timestep, or its output on none right behind it."""
+        timed = isinstance(call.operand, TimedOperand)
+        if call.product.op_type in ("Gemm", "MatMul"):
+            return timed
+        return (
+            call.operand is not None
+            and has_window(call.product)
+            and (timed or not is_rounded(call.product))
+        )
+
+    def _multiplied_outside(self, call: LayerCall) -> None:
+        """A product of integers of which everything else is done outside, in floating point."""
+        editor, name, product, read = self.editor, call.name, call.product, call.operand
+        assert read is not None
+        is_image = product.op_type == "Conv"
+        product.name = f"{name}.replaced"
+        if is_image:
+            values = windows(editor, read, product, name)
+            weight = self._rows("window", window_rows(self.codes.reshape(self.layer.weight_shape)), axis=1)
+        else:
+            values = read.values(read.codes((), name), f"{name}.input")
+            weight = self._rows("transposed", self.codes.T, axis=1)
+        result, before = editor.add("MatMul", [values, weight], name), product.outputs[0]
+        result.type, result.shape = before.type, before.shape
+        result = read.corrected(result, self._sums(), name)
+        if not is_image:
+            call.replace(editor, result, None if call.bias is None else self._float_bias())
+            return
+        if call.bias is not None:
+            result = editor.add("Add", [result, self._float_bias()], f"{name}.add")
+        result = editor.add("Transpose", [result], f"{name}.channels_first", perm=[0, 3, 1, 2])
+        editor.redirect(before, result)
+
+    def _sums(self) -> np.ndarray:
+        """Of the weights of each row [out]."""
+        zero_point = 0 if self.zero_point is None else self.zero_point[:, None]
+        return (self.codes.astype(np.float64) - zero_point).sum(1) * self.scale
+
     def _rows(self, name: str, codes: np.ndarray, axis: int = 0) -> ir.Value:
-        """Codes with one scale for each index of `axis`."""
-        zeros = np.zeros(len(self.scale), np.int16)  # ONNX Runtime knows Gemm by a zero point that is there
-        zero_point = zeros if self.zero_point is None else self.zero_point
+        """Codes with one scale for each index of `axis`, and a zero point of 0 wherever 8 bits hold that:
+        OpenVINO computes with no other."""
+        zero_point = np.zeros(len(self.scale), np.int16)  # ONNX Runtime knows Gemm by one that is there
+        if self.zero_point is not None:
+            counted = codes - np.moveaxis(self.zero_point.reshape(-1, *[1] * (codes.ndim - 1)), 0, axis)
+            if np.array_equal(counted, counted.astype(np.int8)):
+                codes = counted
+            else:
+                zero_point = self.zero_point
         return self._dequantize(name, codes, self.scale, zero_point, {"axis": axis})
 
     def _dequantize(
@@ -159,7 +218,7 @@ class _Stored:
 
     def _compressed(self, call: LayerCall) -> None:
         """A linear layer with a float input: MatMul with [in, out] codes, and Add."""
-        editor = self.editor
+        editor, name = self.editor, "compressed" if self.mixed else "weight"
         small = self.spec.bits <= 4
         dtype = ir.DataType.INT4 if small else ir.DataType.INT8
         scale, zero_point = self.scale, self.zero_point
@@ -168,7 +227,7 @@ class _Stored:
             attributes = {"axis": 0, "block_size": self.spec.group_size or self.codes.shape[1]}
             scale = scale.T
             zero_point = None if zero_point is None else zero_point.T
-        weight = self._dequantize("weight", self.codes.T, scale, zero_point, attributes, dtype)
+        weight = self._dequantize(name, self.codes.T, scale, zero_point, attributes, dtype)
         result = editor.add("MatMul", [call.input, weight], call.name)
         call.replace(editor, result, None if call.bias is None else self._float_bias())
 

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from ptqcore.export.feeding import LARGEST
 from ptqcore.export.onnx_edit import OnnxEditor, array, attribute, only_reader, source
 from ptqcore.export.onnx_trace import Dimensions
 from ptqcore.version import __version__
@@ -18,6 +19,7 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 _ROOT = "model"
 # Through these ONNX Runtime looks for quantizers around a layer with a float weight.
 _LOOKED_THROUGH = ("Clip", "Dropout", "Identity", "MaxPool", "Pad", "Relu", "Reshape", "Slice", "Transpose")
+_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _BEYOND = np.float32(3e38)
 
 
@@ -101,6 +103,28 @@ def _tiles(node: ir.Node) -> bool:
     return marked and square and plain and undilated and list(attribute(node, "strides", [])) == kernel
 
 
+def keep_roundings_before_sums(editor: OnnxEditor) -> None:
+    """Keep OpenVINO from adding to the output of a layer before that is rounded.
+
+    It takes sums into the layer, and leaves out the rounding in between; a Min that changes nothing keeps
+    them apart, and no engine is slower for it.
+    """
+    for node in editor.nodes("Add"):
+        for index, value in enumerate(node.inputs):
+            rounded = source(value, "DequantizeLinear")
+            quantize = None if rounded is None else source(rounded.inputs[0], "QuantizeLinear")
+            if quantize is not None and source(quantize.inputs[0], *_PRODUCTS) is not None:
+                assert value is not None
+                node.replace_input_with(index, _apart(editor, value, f"{node.name}.rounded.{index}"))
+    editor.tidy()
+
+
+def _apart(editor: OnnxEditor, value: ir.Value, name: str) -> ir.Value:
+    """A value behind a function that changes nothing, so that engines do not join what is on both sides."""
+    beyond = editor.constant("beyond_any_value", np.asarray(_BEYOND))
+    return editor.add("Min", [value, beyond], name)
+
+
 def protect_float_layers(editor: OnnxEditor) -> None:
     """Keep ONNX Runtime from quantizing the float weight of a layer between two quantizers on its own.
 
@@ -109,8 +133,7 @@ def protect_float_layers(editor: OnnxEditor) -> None:
     for node in editor.nodes("Conv", "ConvTranspose", "Gemm"):
         if source(node.inputs[1], "DequantizeLinear", "Reshape") is None and _between(node):
             output = node.outputs[0]
-            beyond = editor.constant("beyond_any_value", np.asarray(_BEYOND))
-            same = editor.add("Min", [output, beyond], f"{node.name}.float")
+            same = _apart(editor, output, f"{node.name}.float")
             editor.redirect(output, same, keep=same.producer())
     editor.tidy()
 
@@ -119,17 +142,22 @@ def _between(node: ir.Node) -> bool:
     value = node.inputs[0]
     while (before := source(value, *_LOOKED_THROUGH)) is not None:
         value = before.inputs[0]
+    return is_rounded(node) and source(value, "DequantizeLinear") is not None
+
+
+def is_rounded(node: ir.Node) -> bool:
+    """Whether what a node makes goes into a quantizer, as far as ONNX Runtime looks for one."""
     after = only_reader(node.outputs[0])
     while after is not None and after.op_type in _LOOKED_THROUGH:
         after = only_reader(after.outputs[0])
-    quantized = after is not None and after.op_type == "QuantizeLinear"
-    return quantized and source(value, "DequantizeLinear") is not None
+    return after is not None and after.op_type == "QuantizeLinear"
 
 
-def finish(editor: OnnxEditor, dimensions: Dimensions) -> None:
+def finish(editor: OnnxEditor, dimensions: Dimensions, largest: Mapping[str, int]) -> None:
     """Drop everything that is not the network: traces of its source, unused names and domains.
 
-    Open dimensions of inputs, and what outputs have of them, get their names.
+    Open dimensions of inputs, and what outputs have of them, get their names; how large they may be is
+    written beside.
     """
     model, graph = editor.model, editor.graph
     common.ClearMetadataAndDocStringPass()(model)
@@ -148,6 +176,7 @@ def finish(editor: OnnxEditor, dimensions: Dimensions) -> None:
     model.producer_name, model.producer_version = "ptqcore", __version__
     model.metadata_props.clear()
     model.metadata_props["ptqcore"] = __version__
+    model.metadata_props.update({f"{LARGEST}{name}": str(size) for name, size in largest.items()})
 
 
 def _name_dimensions(graph: ir.Graph, dimensions: Dimensions) -> None:

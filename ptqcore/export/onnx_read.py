@@ -11,8 +11,10 @@ from onnx import numpy_helper
 from torch import nn
 
 from ptqcore.errors import ExportError
+from ptqcore.export.feeding import LARGEST
 from ptqcore.modules import QuantModule
 
+_ROUNDING = 1e-6
 _PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 
 
@@ -30,12 +32,18 @@ def largest_difference(path: Path, model: nn.Module) -> float:
 
 
 def fixed_dimensions(path: Path, asked: Mapping[str, Mapping[int, str]]) -> list[str]:
-    """Sentences on inputs that have no open dimension, or not all that were asked for."""
-    sentences = []
-    for value in onnx.load(str(path), load_external_data=False).graph.input:
+    """Sentences on inputs that have no open dimension, or not all that were asked for, and on how large
+    these may be."""
+    model = onnx.load(str(path), load_external_data=False)
+    sentences = [
+        f"is known to be right for a {entry.key.removeprefix(LARGEST)} of at most {entry.value}"
+        for entry in model.metadata_props
+        if entry.key.startswith(LARGEST)
+    ]
+    for value in model.graph.input:
         name, sizes = value.name, value.type.tensor_type.shape.dim
         fixed = {place: size.dim_value for place, size in enumerate(sizes) if size.HasField("dim_value")}
-        if len(fixed) == len(sizes):
+        if sizes and len(fixed) == len(sizes):
             sentences.append(f"takes {name} in this shape only: {list(fixed.values())}")
             continue
         for place, meaning in asked.get(name, {}).items():
@@ -76,10 +84,14 @@ class _File:
         return max(self._call_difference(name, node, layer) for node in calls)
 
     def _call_difference(self, name: str, node: Any, layer: QuantModule) -> float:
-        weight = self._constant(node.input[1])
-        if node.op_type == "MatMul" or (node.op_type == "Gemm" and not _attribute(node, "transB", 0)):
+        weight, bias = self._constant(node.input[1]), self._bias(node)
+        corrected = self._reader(node.output[0], f"{node.name}.minus_zero")
+        if corrected is not None:
+            self._check_sums(name, corrected, weight)
+        if node.op_type == "MatMul" and len(layer.weight_shape) > 2:
+            weight = _of_windows(weight, layer)
+        elif node.op_type == "MatMul" or (node.op_type == "Gemm" and not _attribute(node, "transB", 0)):
             weight = weight.map(np.transpose)
-        bias = self._bias(node)
         if node.op_type == "Conv" and hasattr(layer, "output_padding"):
             weight, bias = _folded(weight, layer), _folded_bias(bias, layer)
         pairs = [(weight, layer.weight)]
@@ -104,12 +116,32 @@ class _File:
     def _bias(self, node: Any) -> _Constant | None:
         if node.op_type != "MatMul":
             return self._constant(node.input[2]) if len(node.input) > 2 else None
+        product = node.output[0]
+        for step in ("minus_zero", "times_scale"):
+            reader = self._reader(product, f"{node.name}.{step}")
+            product = product if reader is None else reader.output[0]
         for reader in self.nodes:
-            if reader.op_type == "Add" and node.output[0] in reader.input:
-                (other,) = (name for name in reader.input if name != node.output[0])
+            if reader.op_type == "Add" and product in reader.input:
+                (other,) = (name for name in reader.input if name != product)
                 if self._is_constant(other):
                     return self._constant(other)
         return None
+
+    def _reader(self, value: str, name: str) -> Any:
+        """The node of that name, if it reads a value."""
+        return next((node for node in self.nodes if node.name == name and value in node.input), None)
+
+    def _check_sums(self, name: str, corrected: Any, weight: _Constant) -> None:
+        """Compare the sums of a layer's rows, by which its product is corrected, to its weight [in, out].
+
+        Raises:
+            ExportError: if they differ by more than rounding.
+        """
+        subtracted = self.producers[corrected.input[1]]
+        (sums,) = (self._array(value) for value in subtracted.input if value in self.constants)
+        off = np.abs(sums - weight.values.sum(0))
+        if sums.shape != off.shape or bool((off > _ROUNDING * np.abs(weight.values).sum(0)).any()):
+            raise ExportError(f"layer {name} is corrected by other sums than those of its weight")
 
     def _is_constant(self, name: str) -> bool:
         maker = self.producers.get(name)
@@ -154,6 +186,16 @@ class _File:
         shape = [1] * codes.ndim
         shape[axis] = -1
         return parameter.reshape(shape)
+
+
+def _of_windows(rows: _Constant, layer: QuantModule) -> _Constant:
+    """The weight [height · width · in, out] of windows as that of the convolution it stands for."""
+    out, inputs, height, width = layer.weight_shape
+    return rows.map(
+        lambda x: (
+            np.broadcast_to(x, rows.values.shape).reshape(height, width, inputs, out).transpose(3, 2, 0, 1)
+        )
+    )
 
 
 def _folded(weight: _Constant, layer: QuantModule) -> _Constant:

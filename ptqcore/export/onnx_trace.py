@@ -6,10 +6,11 @@ beside the graph. So nothing of the rounding has to be recognised in the graph.
 """
 
 import logging
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -25,10 +26,13 @@ from ptqcore.modules import QuantModule
 from ptqcore.placement import LAYERS, Edge
 from ptqcore.quantizers import FakeQuant
 from ptqcore.task import Task
+from ptqcore.timesteps import Moment, Timesteps, timesteps_of
 
 OPSET = 21
 BATCH = "batch"
 DOMAIN = "ptqcore"
+# How PyTorch says that it has traced a model for sizes up to a bound alone.
+_BOUND = r"(\w+) = Dim\('\w+', max=(\d+)\)"
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,18 @@ Dimensions = Mapping[str, Mapping[int, str]]
 
 @dataclass(frozen=True)
 class Marked:
-    """The graph; `activations`, `weights` and `biases` say by key what its marks stand for."""
+    """The graph; `activations`, `weights` and `biases` say by key what its marks stand for; `largest`: how
+    large the open dimensions may be that PyTorch bounds.
+
+    The row of a timestep in the model's tables is a node `Moment` that reads it.
+    """
 
     model: ir.Model
     activations: dict[str, Activation]
     weights: dict[str, Parameter]
     biases: dict[str, Parameter]
     dimensions: Dimensions
+    largest: Mapping[str, int]
 
 
 def trace_marked(model: nn.Module, task: Task, samples: Sequence[Any]) -> Marked:
@@ -86,8 +95,9 @@ def trace_marked(model: nn.Module, task: Task, samples: Sequence[Any]) -> Marked
         functions = {one.edge: _marker(key) for key, one in activations.items()}
         functions |= {Edge(one.site, "input", 1): _marker(key) for key, one in weights.items()}
         functions |= {Edge(one.site, "input", 2): _marker(key) for key, one in biases.items()}
-        graph, dimensions = _to_onnx(_Fed(model, task, sample, functions), task.open_dimensions)
-    return Marked(graph, activations, weights, biases, dimensions)
+        with _unsearched(timesteps_of(model)):
+            graph, opened = _to_onnx(_Fed(model, task, sample, functions), task.open_dimensions)
+    return Marked(graph, activations, weights, biases, opened.dimensions, opened.largest)
 
 
 @contextmanager
@@ -125,6 +135,27 @@ def _marker(key: str) -> TensorFunction:
     return mark
 
 
+@contextmanager
+def _unsearched(timesteps: Timesteps | None) -> Iterator[None]:
+    """Leave the search for the row of a timestep open in the graph, as a node."""
+    if timesteps is None:
+        yield
+        return
+
+    def moment(timestep: Tensor) -> Moment:
+        wanted = torch.as_tensor(timestep)
+        row = torch.onnx.ops.symbolic(
+            f"{DOMAIN}::Moment", (wanted,), dtype=torch.int64, shape=wanted.shape, version=1
+        )
+        return Moment(row, row)
+
+    timesteps.moment = moment  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        del timesteps.moment
+
+
 class _Fed(nn.Module):
     """The model as a function of the tensors of a sample, with a tuple of tensors as its result."""
 
@@ -147,12 +178,12 @@ class _Fed(nn.Module):
         return tuple(tensors_in(self._task.forward(self.model, with_tensors(self._sample, tensors))))
 
 
-def _to_onnx(fed: _Fed, open_dimensions: Dimensions) -> tuple[ir.Model, Dimensions]:
+def _to_onnx(fed: _Fed, open_dimensions: Dimensions) -> tuple[ir.Model, "_Open"]:
     """The graph, and which of its dimensions are open."""
     tensors = list(fed.inputs.values())
     count = len(fed.plain(tensors))
     with _quietly():
-        program, dimensions = _traced_openly(fed, tensors, open_dimensions)
+        program, opened = _traced_openly(fed, tensors, open_dimensions)
         try:
             onnx_program = torch.onnx.export(
                 program,
@@ -168,52 +199,74 @@ def _to_onnx(fed: _Fed, open_dimensions: Dimensions) -> tuple[ir.Model, Dimensio
             ) from error
     assert onnx_program is not None
     model: ir.Model = onnx_program.model
-    return model, dimensions
+    return model, opened
+
+
+@dataclass(frozen=True)
+class _Open:
+    dimensions: Dimensions
+    largest: Mapping[str, int] = field(default_factory=dict)
 
 
 def _traced_openly(
     fed: _Fed, tensors: list[Tensor], asked: Dimensions
-) -> tuple[torch.export.ExportedProgram, Dimensions]:
+) -> tuple[torch.export.ExportedProgram, _Open]:
     """The exported program with as many open dimensions as the model allows: those that are asked for
     and a batch, a batch alone, or none.
 
     Raises:
         ExportError: if it cannot be traced with fixed shapes either.
     """
-    doubled = _doubled(fed, tensors)
-    if doubled is not None:
-        batch = {name: {0: BATCH} for name in fed.inputs}
+    pair = _pair(fed, tensors)
+    if pair is not None:
+        batch = {name: {0: BATCH} for name, tensor in fed.inputs.items() if tensor.ndim}
         wider = {name: {**sizes, **asked.get(name, {})} for name, sizes in batch.items()}
         for dimensions in (wider, batch):
             try:
-                return _traced(fed, doubled, dimensions), dimensions
+                return _traced_within_bounds(fed, pair, dimensions)
             except Exception:
                 continue
     try:
-        return _traced(fed, tensors, {}), {}
+        return _traced(fed, tensors, _Open({})), _Open({})
     except Exception as error:
         reason = _first_line(error)
         raise ExportError(f"export to ONNX: PyTorch cannot trace the model: {reason}") from error
 
 
-def _doubled(fed: _Fed, tensors: list[Tensor]) -> list[Tensor] | None:
-    """Every tensor twice along its first dimension, if that is a batch; tracers merge sizes of 1."""
-    sizes = {tensor.shape[0] if tensor.ndim else 0 for tensor in tensors}
-    if len(sizes) != 1 or not (size := sizes.pop()):
+def _pair(fed: _Fed, tensors: list[Tensor]) -> list[Tensor] | None:
+    """The first row of every tensor twice, if the first dimension is a batch wherever there is one;
+    tracers merge sizes of 1, and large batches may take other branches."""
+    sizes = {tensor.shape[0] for tensor in tensors if tensor.ndim}
+    if len(sizes) != 1 or not sizes.pop():
         return None
-    twice = [torch.cat([tensor, tensor]) for tensor in tensors]
+    twice = [torch.cat([tensor[:1], tensor[:1]]) if tensor.ndim else tensor for tensor in tensors]
     try:
         outputs = fed.plain(twice)
     except Exception:
         return None
-    return twice if all(one.ndim and one.shape[0] == 2 * size for one in outputs) else None
+    return twice if all(one.ndim and one.shape[0] == 2 for one in outputs) else None
 
 
-def _traced(fed: _Fed, tensors: list[Tensor], dimensions: Dimensions) -> torch.export.ExportedProgram:
+def _traced_within_bounds(
+    fed: _Fed, tensors: list[Tensor], dimensions: Dimensions
+) -> tuple[torch.export.ExportedProgram, _Open]:
+    """The exported program, its dimensions bounded above where the model branches on their size."""
+    opened = _Open(dimensions)
+    try:
+        return _traced(fed, tensors, opened), opened
+    except Exception as error:
+        bounds = {name: int(size) for name, size in re.findall(_BOUND, str(error))}
+        if not bounds:
+            raise
+        opened = _Open(dimensions, bounds)
+    return _traced(fed, tensors, opened), opened
+
+
+def _traced(fed: _Fed, tensors: list[Tensor], opened: _Open) -> torch.export.ExportedProgram:
     """The exported program; it raises whatever the tracer raises."""
-    named: dict[str, Any] = {}
+    dimensions, named = opened.dimensions, dict[str, Any]()
     for name in (name for sizes in dimensions.values() for name in sizes.values()):
-        named.setdefault(name, torch.export.Dim(name))
+        named.setdefault(name, torch.export.Dim(name, max=opened.largest.get(name)))
     shapes = tuple(
         {place: named[name] for place, name in dimensions.get(given, {}).items()} for given in fed.inputs
     )

@@ -56,11 +56,13 @@ def test_groups_are_for_linear_layers():
         OnnxQDQ().check_layers(quant, {"stem": nn.Conv2d(8, 8, 3)})
 
 
-def test_convolutions_need_the_grids_of_their_outputs():
+def test_convolutions_in_groups_and_transposed_ones_need_the_grids_of_their_outputs():
     quant = QuantSection.model_validate({"weights": WEIGHTS, "activations": ACTIVATIONS})
-    OnnxQDQ().check_layers(quant, {"head": nn.Linear(8, 8)})
-    with pytest.raises(ExportError, match=r"stem, a Conv2d, .* quant.scope is layers: set quant.scope to"):
-        OnnxQDQ().check_layers(quant, {"stem": nn.Conv2d(8, 8, 3)})
+    OnnxQDQ().check_layers(quant, {"head": nn.Linear(8, 8), "stem": nn.Conv2d(8, 8, 3)})
+    with pytest.raises(ExportError, match=r"stem, a Conv2d in groups, .* set quant.scope to dataflow"):
+        OnnxQDQ().check_layers(quant, {"stem": nn.Conv2d(8, 8, 3, groups=2)})
+    with pytest.raises(ExportError, match=r"up, a ConvTranspose2d, .* set quant.scope to dataflow"):
+        OnnxQDQ().check_layers(quant, {"up": nn.ConvTranspose2d(8, 8, 2)})
 
 
 def test_half_precision_is_refused():

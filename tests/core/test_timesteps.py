@@ -253,6 +253,7 @@ def test_a_resumed_run_gives_the_same_bytes(tmp_path, monkeypatch):
 
 def test_formats_without_timesteps_are_refused_before_anything_is_quantized(tmp_path, monkeypatch):
     monkeypatch.setattr("ptqcore.quantization.Walk", lambda *_: pytest.fail("blocks are walked"))
+    monkeypatch.setattr("ptqcore.export.onnx.OnnxExporter.holds_timesteps", False)
     with pytest.raises(ExportError, match=r"^export onnx-qdq cannot hold a range .* for each timestep"):
         run(
             tmp_path,
