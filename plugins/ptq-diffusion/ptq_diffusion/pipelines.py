@@ -75,7 +75,7 @@ def load(source: str, scheduler: str | None = None, component: str | None = None
         RecipeError: if there is no such scheduler.
     """
     _quiet()
-    folder = _locate(source)
+    folder = locate(source)
     if (folder / _INDEX).is_file():
         return _load_pipeline(folder, scheduler, component)
     return _load_denoiser(folder, scheduler, component)
@@ -90,7 +90,12 @@ def _quiet() -> None:
         logging.disable_progress_bar()
 
 
-def _locate(source: str) -> Path:
+def locate(source: str) -> Path:
+    """The folder of a diffusion model, as `task.pipeline` names it.
+
+    Raises:
+        ModelError: if there is none.
+    """
     if source in embedded.names():
         return embedded.path(source)
     folder = Path(source).expanduser()
