@@ -37,8 +37,8 @@ def set_schedule(
         pipeline: of diffusers, as `load_pipeline` has loaded it, in single precision on the CPU; changed in
             place, and can be saved.
         steps: inference steps.
-        scheduler: class of diffusers that takes the place of the pipeline's scheduler, and that the pipeline
-            can sample with (DDIMPipeline and DDPMPipeline only can with their own).
+        scheduler: class of diffusers that takes the place of the pipeline's scheduler; the pipeline must be
+            able to sample with it (DDIMPipeline and DDPMPipeline are with their own alone).
         height, width: of the images in pixels, where timesteps depend on them.
         config: settings of the scheduler, for example `timestep_spacing="trailing"`.
 
