@@ -67,11 +67,10 @@ class TimestepTable(nn.Module):
         if self.is_vacant:
             return x.new_zeros(x.shape[0], *shape)
         rows = current().of(self.table).reshape(-1, *shape)
-        if x.shape[0] % len(rows):
-            raise ModelError(
-                f"a table was asked for {x.shape[0]} rows, with {len(rows)} timesteps for them"
-            )
-        return rows.repeat_interleave(x.shape[0] // len(rows), 0).to(x.dtype)
+        count = rows.shape[0]  # len(rows) would be a number to tracers, who leave the batch open
+        if x.shape[0] % count:
+            raise ModelError(f"a table was asked for {x.shape[0]} rows, with {count} timesteps for them")
+        return rows.repeat_interleave(x.shape[0] // count, 0).to(x.dtype)
 
     def extra_repr(self) -> str:
         return str(list(self.table.shape))

@@ -28,7 +28,6 @@ def multiply_codes(editor: OnnxEditor, activations: Activations) -> None:
             result = _product(editor, name, first, second)
             result.shape, result.type = product.shape, product.type
             editor.redirect(product, result)
-    editor.tidy()
 
 
 def _product(editor: OnnxEditor, name: str, first: Factor, second: Factor) -> ir.Value:

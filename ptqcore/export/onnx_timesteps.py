@@ -54,6 +54,7 @@ class Lookup:
                 "timestep need one for the whole batch or one for each of its rows"
             )
         self._given, self._folded = given, dict[str, ir.Value]()
+        self._batch = given.shape[0] if len(given.shape) else None
 
     @cached_property
     def index(self) -> ir.Value:
@@ -71,7 +72,7 @@ class Lookup:
         assert like.shape is not None
         index, ones = self._index_for(like), (1,) * (len(like.shape) - 1)
         name = f"{name}.{len(like.shape)}" if ones else name
-        label = name if index is self.index else f"{name}.{like.shape[0]}"
+        label = name if index is self.index else f"{name}.{like.shape[0]}_rows"
         known = self.editor.made(label)
         if known is not None:
             return known
@@ -80,29 +81,42 @@ class Lookup:
 
     def _index_for(self, like: ir.Value) -> ir.Value:
         """A row for each row of a tensor: where these are more than timesteps (heads folded into the
-        batch), each is that of as many rows in a row."""
+        batch), each is that of as many rows in a row; what has no rows of the batch gets the first."""
         assert like.shape is not None
-        assert self._given.shape is not None
-        rows = like.shape[0]
-        if not len(self._given.shape) or rows == self._given.shape[0]:
+        if not self.for_rows or like.shape[0] == self._batch:
             return self.index
-        if str(rows) not in self._folded:
-            add, name = self.editor.add, f"timesteps.{rows}"
-            batch = add("Shape", [self.index], f"{name}.batch")
-            share = add(
-                "Div", [add("Shape", [like], f"{name}.rows", start=0, end=1), batch], f"{name}.each"
-            )
-            sizes = add("Concat", [batch, share], f"{name}.sizes", axis=0)
-            last = self.editor.constant("last_dimension", np.asarray([-1], np.int64))
-            column = add("Unsqueeze", [self.index, last], f"{name}.column")
-            repeated = add("Expand", [column, sizes], f"{name}.repeated")
-            self._folded[str(rows)] = add("Reshape", [repeated, last], f"{name}.index")
-        return self._folded[str(rows)]
+        rows = str(like.shape[0])
+        if rows not in self._folded:
+            made = self._first() if self._is_alone(like.shape[0]) else self._repeated(like, rows)
+            self._folded[rows] = made
+        return self._folded[rows]
+
+    def _is_alone(self, rows: int | ir.SymbolicDim) -> bool:
+        """Whether so many rows have nothing to do with the batch."""
+        if isinstance(self._batch, int) and isinstance(rows, int):
+            return rows % self._batch != 0
+        return isinstance(rows, int)
+
+    def _first(self) -> ir.Value:
+        """The row of the first timestep [1]."""
+        constant = self.editor.constant
+        begin, end = (constant(f"place_{place}", np.asarray([place], np.int64)) for place in (0, 1))
+        return self.editor.add("Slice", [self.index, begin, end], "timesteps.first")
+
+    def _repeated(self, like: ir.Value, rows: str) -> ir.Value:
+        add, name = self.editor.add, f"timesteps.{rows}"
+        batch = add("Shape", [self.index], f"{name}.batch")
+        share = add("Div", [add("Shape", [like], f"{name}.rows", start=0, end=1), batch], f"{name}.each")
+        sizes = add("Concat", [batch, share], f"{name}.sizes", axis=0)
+        last = self.editor.constant("last_dimension", np.asarray([-1], np.int64))
+        column = add("Unsqueeze", [self.index, last], f"{name}.column")
+        repeated = add("Expand", [column, sizes], f"{name}.repeated")
+        return add("Reshape", [repeated, last], f"{name}.index")
 
     @property
     def for_rows(self) -> bool:
         """Whether every row of a batch has a timestep of its own."""
-        return bool(self._given.shape)
+        return self._batch is not None
 
 
 @dataclass(frozen=True)
