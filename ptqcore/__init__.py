@@ -68,7 +68,6 @@ if TYPE_CHECKING:
     from ptqcore.report.record import Verification as Verification
     from ptqcore.report.table_page import BarChart as BarChart
     from ptqcore.report.table_page import TablePage as TablePage
-    from ptqcore.report.table_text import Cell as Cell
     from ptqcore.report.table_text import Spread as Spread
     from ptqcore.report.table_text import csv_table as csv_table
     from ptqcore.report.table_text import markdown_table as markdown_table
@@ -160,7 +159,6 @@ _HOME = {
     "find_recipe": "plan",
     "BarChart": "report.table_page",
     "TablePage": "report.table_page",
-    "Cell": "report.table_text",
     "Spread": "report.table_text",
     "csv_table": "report.table_text",
     "markdown_table": "report.table_text",

@@ -6,7 +6,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Literal
 
-from ptqcore import BarChart, Cell, Spread, TablePage, csv_table, markdown_table, write_text
+from ptqcore import BarChart, Spread, TablePage, csv_table, markdown_table, write_text
+
+Cell = str | float | Spread | None
 
 METRICS = (
     *("temporal_error", "temporal_mismatch", "trajectory_error"),

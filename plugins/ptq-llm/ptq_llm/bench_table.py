@@ -5,7 +5,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ptq_llm.bench_job import Cost, Job, Verdict
-from ptqcore import BarChart, Cell, TablePage, csv_table, markdown_table, write_text
+from ptqcore import BarChart, TablePage, csv_table, markdown_table, write_text
+
+Cell = str | float | None
 
 FULL_PRECISION = "full precision"
 NOTES = (
