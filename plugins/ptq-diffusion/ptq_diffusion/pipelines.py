@@ -178,9 +178,9 @@ def _denoiser_among(folder: Path, classes: Mapping[str, Any], chosen: str | None
             "denoisers that are told the time can be quantized"
         )
     if chosen is not None and chosen not in timed:
+        reason = "it is not told the time" if chosen in classes else "there is no such component"
         raise ModelError(
-            f"task.component {chosen!r} cannot be quantized: it is not told the time; {label} has "
-            f"{' and '.join(timed)}"
+            f"task.component {chosen!r} cannot be quantized: {reason}; {label} has {' and '.join(timed)}"
         )
     if chosen is None and len(timed) > 1:
         raise ModelError(
