@@ -223,8 +223,8 @@ def _notes(ablation: Ablation, recipe: Recipe) -> list[str]:
         f"timesteps, by the observer `{observer}`.",
         "The temporal block sees no image: where its ranges are those of the smallest and largest value, "
         "seeds differ in the images that are judged, not in how it is quantized.",
-        "Ranges of a small denoiser move little over time: beside one range from smallest to largest value, "
-        "what FSC gains shows at 6 bits and below, and in temporal errors. A moving average clips what is "
-        "large at few timesteps, and FSC brings that back at 8 bits too. Its images and trajectories "
-        "hang on few rounding errors, and can get worse where temporal errors get better.",
+        "Ranges of a small denoiser move little over time: beside one range from smallest to largest "
+        "value, what FSC gains shows at 6 bits and below, and in temporal errors. A moving average clips "
+        "what is large at few timesteps, and FSC brings that back at 8 bits too. Images and trajectories "
+        "hang on few rounding errors there, and can get worse where temporal errors get better.",
     ]
