@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ptqcore.allocator import give_freed_memory_back
 from ptqcore.blocks import Block
 from ptqcore.dataflow import inside, tensors_in
 from ptqcore.edges import ActivationQuantizers
@@ -194,6 +195,7 @@ class Calibration:
             io.functions = functions
             for handle in handles:
                 handle.remove()
+            give_freed_memory_back()
         return found
 
     def quantize_edges(self, quantizers: ActivationQuantizers) -> None:
@@ -247,6 +249,7 @@ class Calibration:
             self.io.functions = functions
             for handle in handles:
                 handle.remove()
+            give_freed_memory_back()
 
     def _observe(self, edge: Edge, x: Tensor) -> Tensor:
         if x.numel():  # experts are called on no tokens too

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ptqcore.allocator import give_freed_memory_back
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 
@@ -36,6 +38,7 @@ class Meter:
         """Fill a `Measurement` when the block ends. Phases must not be nested."""
         measurement = Measurement()
         self.update()
+        give_freed_memory_back()
         _reset_peak()
         begin = time.monotonic()
         try:

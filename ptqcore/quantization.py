@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ptqcore import audit
 from ptqcore.activation_audit import CountClipped, between_record, input_records
+from ptqcore.allocator import give_freed_memory_back
 from ptqcore.biases import round_biases
 from ptqcore.calibration import Calibration
 from ptqcore.dataflow import inside
@@ -142,11 +143,13 @@ class Quantization:
                 audit.check_reached(block, calibration, self.prepared.context, self.task.min_tokens)
             for step in steps:
                 step.transform(block, calibration)
+                give_freed_memory_back()
             for step in steps:
                 step.before(block, calibration)
             calibration.quantize_edges(quantizers)
             for step in steps:
                 step.block(block, calibration)
+                give_freed_memory_back()
             for step in steps:
                 step.after(block, calibration)
             counted = CountClipped(calibration.quantizers)

@@ -17,7 +17,6 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_unflatten
 
 from ptqcore import edges
-from ptqcore.allocator import give_freed_memory_back
 from ptqcore.blocks import Block
 from ptqcore.dataflow import Site, tensors_in
 from ptqcore.edges import TensorFunction
@@ -198,7 +197,6 @@ class Walk:
         """The inputs of each block in turn; the caller must `advance` with the block's outputs."""
         while self._done < len(self.blocks):
             self._run_between()
-            give_freed_memory_back()
             nodes = [tape.nodes[self._position] for tape in self._tapes]
             yield BlockIO(self.blocks[self._done], self._tapes, nodes, self._store, self._moments)
 

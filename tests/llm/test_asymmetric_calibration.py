@@ -18,7 +18,7 @@ def streams(tokens=400, channels=6, noise=0.3):
 
 def moved(weight, x, other, damping):
     weight = weight.float()
-    return weight + corrections([weight], other.T @ other, x.T @ other, damping)[0]
+    return weight + corrections([weight], other.T @ other, (x - other).T @ other, damping)[0]
 
 
 def test_without_damping_the_weight_is_the_least_squares_solution():
@@ -54,7 +54,7 @@ def test_equal_streams_move_nothing():
 def test_layers_that_read_the_same_inputs_are_moved_as_each_would_be():
     x, other = streams()
     weights = [torch.randn(rows, 6, generator=torch.Generator().manual_seed(rows)) for rows in (2, 5)]
-    changes = corrections(weights, other.T @ other, x.T @ other, 0.1)
+    changes = corrections(weights, other.T @ other, (x - other).T @ other, 0.1)
     for weight, change in zip(weights, changes, strict=True):
         torch.testing.assert_close(weight + change, moved(weight, x, other, 0.1))
 

@@ -51,11 +51,13 @@ class AsymmetricCalibration(Step):
                 wanted, found = exact.pop(paths[0], []), inputs.pop(paths[0], [])
                 if not _same_tokens(wanted, found):
                     continue
-                gram, cross = products(calibration, found, found), products(calibration, wanted, found)
-                del wanted, found
                 layers = [targets[path] for path in paths]
                 weights = [layer.get_parameter("weight").data for layer in layers]
-                changes = corrections(weights, gram, cross, self.options.damping)
+                gram = products(calibration, found, found)
+                difference = products(calibration, wanted, found).sub_(gram)
+                del wanted, found
+                changes = corrections(weights, gram, difference, self.options.damping)
+                del gram, difference
                 for layer, weight, change in zip(layers, weights, changes, strict=True):
                     set_parameter(layer, "weight", (weight.float() + change).to(weight.dtype))
         calibration.changed()
@@ -83,16 +85,18 @@ def products(calibration: Calibration, one: list[Tensor], other: list[Tensor]) -
     return total
 
 
-def corrections(weights: Sequence[Tensor], gram: Tensor, cross: Tensor, damping: float) -> list[Tensor]:
-    """W (XᵀX̂ − H)(H + λ)⁻¹ for every weight [outputs, channels], which is to be added to it.
+def corrections(
+    weights: Sequence[Tensor], gram: Tensor, difference: Tensor, damping: float
+) -> list[Tensor]:
+    """W Δ (H + λ)⁻¹ for every weight W [outputs, channels], which is to be added to it.
 
     Args:
         weights: of layers that read the same inputs.
         gram: H = X̂ᵀX̂ [channels, channels]; overwritten.
-        cross: XᵀX̂ [channels, channels]; overwritten.
+        difference: Δ = XᵀX̂ − H [channels, channels].
         damping: λ, as a share of the mean diagonal of H; ten times it, and so on, where H + λ is singular.
     """
-    wanted = torch.cat([weight.float() for weight in weights]) @ cross.sub_(gram)
+    wanted = torch.cat([weight.float() for weight in weights]) @ difference
     mean, added, failed = float(gram.diagonal().mean()), 0.0, True
     while failed:
         gram.diagonal().add_(damping * mean - added)
