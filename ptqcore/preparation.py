@@ -121,6 +121,8 @@ def check_exports(plan: Plan, prepared: Prepared, steps: Sequence[Step]) -> None
                 f"export {exporter.name} cannot hold a table with a row for each timestep, as in the place "
                 f"of {min(context.grids.tables)}: remove the export, or let no step make tables"
             )
+        if prepared.timesteps is not None and (context.grids.by_timestep or context.grids.tables):
+            exporter.check_timesteps(prepared.timesteps.unseen)
         exporter.check_grids(context.quant, weights)
 
 

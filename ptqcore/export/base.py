@@ -11,6 +11,7 @@ from ptqcore.errors import ExportError
 from ptqcore.recipe import QuantSection, TensorQuant
 from ptqcore.report.record import Verification
 from ptqcore.task import Task
+from ptqcore.timesteps import Unseen
 
 
 class Exporter(ABC):
@@ -47,6 +48,16 @@ class Exporter(ABC):
 
         Raises:
             ExportError: one sentence that names what cannot be held.
+        """
+
+    def check_timesteps(self, unseen: Unseen) -> None:  # noqa: B027
+        """Refuse, before anything is quantized, tables for each timestep that the format cannot hold.
+
+        Args:
+            unseen: what the model does about timesteps that it has no row for.
+
+        Raises:
+            ExportError: one sentence that says which.
         """
 
     def check_grids(self, quant: QuantSection, weights: Mapping[str, TensorQuant]) -> None:

@@ -11,13 +11,13 @@ from torch import nn
 
 from ptqcore.errors import ExportError
 from ptqcore.export.base import Exporter
-from ptqcore.export.parity import compare
+from ptqcore.export.parity import compare, in_turn
 from ptqcore.modules import QuantModule
 from ptqcore.recipe import QuantSection
 from ptqcore.report.record import Verification
 from ptqcore.spec import QuantSpec
 from ptqcore.task import Task
-from ptqcore.timesteps import timesteps_of
+from ptqcore.timesteps import Timesteps, Unseen, timesteps_of
 
 if TYPE_CHECKING:  # the packages of the optional dependency are imported where a model is exported
     from ptqcore.export.onnx_calls import LayerCall
@@ -69,6 +69,13 @@ class OnnxExporter(Exporter):
                     "load the model in float32"
                 )
 
+    def check_timesteps(self, unseen: Unseen) -> None:
+        if unseen == "interpolate":
+            raise ExportError(
+                f"export {self.name} takes the nearest timestep for one that it has no row for: set what "
+                "the task does about unseen timesteps to nearest, not to interpolate"
+            )
+
     def export(self, model: nn.Module, task: Task, samples: Sequence[Any], folder: Path) -> None:
         if not any(isinstance(layer, QuantModule) for layer in model.modules()):
             raise ExportError(f"export {self.name}: the model has no quantized layer")
@@ -107,8 +114,23 @@ class OnnxExporter(Exporter):
         from ptqcore.export.onnx_read import fixed_dimensions
 
         path = folder / MODEL_FILE
-        notes = fixed_dimensions(path, task.open_dimensions)
-        return Verification(self.difference(path, model), compare(path, model, task, samples), tuple(notes))
+        difference, engines = self.difference(path, model), compare(path, model, task, samples)
+        timesteps, notes = timesteps_of(model), fixed_dimensions(path, task.open_dimensions)
+        if timesteps is not None:
+            notes += _timestep_notes(timesteps, task, samples, max(engine.samples for engine in engines))
+        return Verification(difference, engines, tuple(notes))
+
+
+def _timestep_notes(timesteps: Timesteps, task: Task, samples: Sequence[Any], count: int) -> list[str]:
+    """Sentences on a file with tables for each timestep, compared on so many samples."""
+    known = len(timesteps.values)
+    seen = {task.timestep(sample) for sample in in_turn(task, samples)[:count]}
+    notes = [f"compared at {len(seen)} of the {known} timesteps that it has rows for"]
+    if timesteps.unseen == "refuse":
+        notes.append("computes any other timestep as the nearest of these, where the model refuses it")
+    else:
+        notes.append("computes any other timestep with the rows of the nearest of these")
+    return notes
 
 
 class OnnxQDQ(OnnxExporter):

@@ -42,7 +42,7 @@ class Operand:
         """What is multiplied by the weight."""
         return self.editor.add("DequantizeLinear", [codes, *self.grid.parameters(self.editor)], name)
 
-    def factor(self, like: ir.Value, name: str, middle: int) -> Factor:
+    def factor(self, name: str, middle: int) -> Factor:
         """As one of two activations that are multiplied; codes count from `middle`, 0 or 128."""
         codes = self.rounded if not middle else self._signed(middle, name)
         zero_point = np.asarray(self.grid.zero_point - middle, np.float32)
@@ -96,13 +96,14 @@ class TimedOperand:
         """What is multiplied by the weight."""
         return whole(self.tensors.editor, codes, name)
 
-    def factor(self, like: ir.Value, name: str, middle: int) -> Factor:
+    def factor(self, name: str, middle: int) -> Factor:
         """As one of two activations that are multiplied; codes count from `middle`, 0 or 128."""
-        tensors, zero_points = self.tensors, self.grid.zero_point - middle
-        codes = tensors.codes(tensors.steps(self.value), self.grid, middle)
-        zero_point = tensors.zero_point(self.grid, like, middle) if zero_points.any() else None
+        tensors, steps = self.tensors, self.tensors.steps(self.value)
+        codes = tensors.codes(steps, self.grid, middle)
         values = whole(tensors.editor, codes, name, signed=bool(middle))
-        return Factor(values, tensors.scale(self.grid, like), zero_point)
+        offset = bool((self.grid.zero_point - middle).any())
+        zero_point = tensors.zero_point(self.grid, steps, middle) if offset else None
+        return Factor(values, tensors.scale(self.grid, steps), zero_point)
 
     def corrected(self, product: ir.Value, sums: np.ndarray, name: str) -> ir.Value:
         """The product with the layer's weight, whose rows have these sums [out]."""

@@ -115,11 +115,11 @@ def keep_roundings_before_sums(editor: OnnxEditor) -> None:
             quantize = None if rounded is None else source(rounded.inputs[0], "QuantizeLinear")
             if quantize is not None and source(quantize.inputs[0], *_PRODUCTS) is not None:
                 assert value is not None
-                node.replace_input_with(index, _apart(editor, value, f"{node.name}.rounded.{index}"))
+                node.replace_input_with(index, apart(editor, value, f"{node.name}.rounded.{index}"))
     editor.tidy()
 
 
-def _apart(editor: OnnxEditor, value: ir.Value, name: str) -> ir.Value:
+def apart(editor: OnnxEditor, value: ir.Value, name: str) -> ir.Value:
     """A value behind a function that changes nothing, so that engines do not join what is on both sides."""
     beyond = editor.constant("beyond_any_value", np.asarray(_BEYOND))
     return editor.add("Min", [value, beyond], name)
@@ -133,7 +133,7 @@ def protect_float_layers(editor: OnnxEditor) -> None:
     for node in editor.nodes("Conv", "ConvTranspose", "Gemm"):
         if source(node.inputs[1], "DequantizeLinear", "Reshape") is None and _between(node):
             output = node.outputs[0]
-            same = _apart(editor, output, f"{node.name}.float")
+            same = apart(editor, output, f"{node.name}.float")
             editor.redirect(output, same, keep=same.producer())
     editor.tidy()
 

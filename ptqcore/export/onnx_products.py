@@ -12,6 +12,7 @@ import onnx_ir as ir
 from ptqcore.export.onnx_activations import Activations
 from ptqcore.export.onnx_edit import OnnxEditor
 from ptqcore.export.onnx_operands import Factor, operand
+from ptqcore.export.onnx_patterns import apart
 
 _MIDDLE = 128
 
@@ -23,8 +24,8 @@ def multiply_codes(editor: OnnxEditor, activations: Activations) -> None:
         if left is not None and right is not None:
             name, product = str(node.name), node.outputs[0]
             node.name = f"{name}.replaced"
-            first = left.factor(product, f"{name}.first", 0)
-            second = right.factor(product, f"{name}.second", _MIDDLE)
+            first = left.factor(f"{name}.first", 0)
+            second = right.factor(f"{name}.second", _MIDDLE)
             result = _product(editor, name, first, second)
             result.shape, result.type = product.shape, product.type
             editor.redirect(product, result)
@@ -34,16 +35,19 @@ def _product(editor: OnnxEditor, name: str, first: Factor, second: Factor) -> ir
     def add(op: str, inputs: list[ir.Value | None], what: str, **attributes: Any) -> ir.Value:
         return editor.add(op, inputs, f"{name}.{what}", **attributes)
 
+    # OpenVINO sums integers up wrongly where a batch has more than eight rows: these are sums of floats.
     result, centred = editor.add("MatMul", [first.values, second.values], name), second.values
     if second.zero_point is not None:
         last = editor.constant("last_dimension", np.asarray([-1], np.int64))
-        sums = add("ReduceSum", [first.values, last], "sums_of_first", keepdims=1)
+        floats = apart(editor, first.values, f"{name}.first_apart")
+        sums = add("ReduceSum", [floats, last], "sums_of_first", keepdims=1)
         sums = add("Mul", [sums, second.zero_point], "zero_of_second")
         result = add("Sub", [result, sums], "minus_zero_of_second")
         centred = add("Sub", [centred, second.zero_point], "centred")
     if first.zero_point is not None:
         last_but_one = editor.constant("last_but_one_dimension", np.asarray([-2], np.int64))
-        sums = add("ReduceSum", [centred, last_but_one], "sums_of_second", keepdims=1)
+        floats = apart(editor, centred, f"{name}.second_apart")
+        sums = add("ReduceSum", [floats, last_but_one], "sums_of_second", keepdims=1)
         sums = add("Mul", [sums, first.zero_point], "zero_of_first")
         result = add("Sub", [result, sums], "minus_zero_of_first")
     return add("Mul", [result, add("Mul", [first.scale, second.scale], "scale")], "times_scale")

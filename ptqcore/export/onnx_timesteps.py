@@ -5,6 +5,7 @@ with scale s and zero point z, goes into a product as its codes q, on a grid of 
 and the product is corrected behind: Σ w · s (q − z) = s · (Σ w q − z Σ w).
 """
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -53,7 +54,7 @@ class Lookup:
                 f"export to ONNX: {timesteps.argument} has {given.shape} as its shape: ranges for each "
                 "timestep need one for the whole batch or one for each of its rows"
             )
-        self._given, self._folded = given, dict[str, ir.Value]()
+        self._given, self._others = given, dict[str, ir.Value]()
         self._batch = given.shape[0] if len(given.shape) else None
 
     @cached_property
@@ -86,16 +87,27 @@ class Lookup:
         if not self.for_rows or like.shape[0] == self._batch:
             return self.index
         rows = str(like.shape[0])
-        if rows not in self._folded:
-            made = self._first() if self._is_alone(like.shape[0]) else self._repeated(like, rows)
-            self._folded[rows] = made
-        return self._folded[rows]
+        if rows not in self._others:
+            each = self._share(like.shape[0])
+            self._others[rows] = self._repeated(each) if each else self._first()
+        return self._others[rows]
 
-    def _is_alone(self, rows: int | ir.SymbolicDim) -> bool:
-        """Whether so many rows have nothing to do with the batch."""
-        if isinstance(self._batch, int) and isinstance(rows, int):
-            return rows % self._batch != 0
-        return isinstance(rows, int)
+    def _share(self, rows: int | ir.SymbolicDim) -> int:
+        """How many of so many rows each timestep has; 0 if they have nothing to do with the batch.
+
+        Raises:
+            ExportError: if that is no number.
+        """
+        if isinstance(rows, int):
+            fits = isinstance(self._batch, int) and rows % self._batch == 0
+            return rows // int(str(self._batch)) if fits else 0
+        multiple = re.fullmatch(rf"(\d+)\*{self._batch}|{self._batch}\*(\d+)", str(rows))
+        if multiple is None:
+            raise ExportError(
+                f"export to ONNX: a tensor with a range for each timestep has {rows} rows, for a batch of "
+                f"{self._batch}: each timestep needs the same number of them"
+            )
+        return int(multiple[1] or multiple[2])
 
     def _first(self) -> ir.Value:
         """The row of the first timestep [1]."""
@@ -103,15 +115,13 @@ class Lookup:
         begin, end = (constant(f"place_{place}", np.asarray([place], np.int64)) for place in (0, 1))
         return self.editor.add("Slice", [self.index, begin, end], "timesteps.first")
 
-    def _repeated(self, like: ir.Value, rows: str) -> ir.Value:
-        add, name = self.editor.add, f"timesteps.{rows}"
-        batch = add("Shape", [self.index], f"{name}.batch")
-        share = add("Div", [add("Shape", [like], f"{name}.rows", start=0, end=1), batch], f"{name}.each")
-        sizes = add("Concat", [batch, share], f"{name}.sizes", axis=0)
-        last = self.editor.constant("last_dimension", np.asarray([-1], np.int64))
+    def _repeated(self, each: int) -> ir.Value:
+        """Every row so many times in a row."""
+        add, constant, name = self.editor.add, self.editor.constant, f"timesteps.{each}_times"
+        last = constant("last_dimension", np.asarray([-1], np.int64))
+        sizes = constant(f"{name}.sizes", np.asarray([1, each], np.int64))
         column = add("Unsqueeze", [self.index, last], f"{name}.column")
-        repeated = add("Expand", [column, sizes], f"{name}.repeated")
-        return add("Reshape", [repeated, last], f"{name}.index")
+        return add("Reshape", [add("Expand", [column, sizes], f"{name}.repeated"), last], f"{name}.index")
 
     @property
     def for_rows(self) -> bool:

@@ -35,8 +35,9 @@ Outputs = list[np.ndarray]
 
 
 def compare(path: Path, model: nn.Module, task: Task, samples: Sequence[Any]) -> tuple[EngineRecord, ...]:
-    """Run a file in every engine, and the model in PyTorch, on the first calibration samples."""
-    simulated = _simulate(model, task, samples[:SAMPLES])
+    """Run a file in every engine, and the model in PyTorch, on calibration samples `in_turn`."""
+    samples = in_turn(task, samples)
+    simulated = _simulate(model, task, samples)
     samples = samples[: len(simulated)]
     inputs = [
         {name: tensor.detach().cpu().numpy() for name, tensor in named_inputs(model, sample).items()}
@@ -57,6 +58,17 @@ def compare(path: Path, model: nn.Module, task: Task, samples: Sequence[Any]) ->
         record = EngineRecord(engine, layers=layers, samples=len(samples), control=control)
         records.append(_figures(record, simulated, found, steps, task.class_dimension))
     return tuple(records)
+
+
+def in_turn(task: Task, samples: Sequence[Any]) -> Sequence[Any]:
+    """The samples that are compared: one of every timestep, where samples are of timesteps, and others."""
+    first: dict[float | None, int] = {}
+    for place, sample in enumerate(samples):
+        first.setdefault(task.timestep(sample), place)
+    if first.keys() <= {None}:
+        return samples[:SAMPLES]
+    others = [place for place in range(len(samples)) if place not in first.values()]
+    return [samples[place] for place in [*first.values(), *others][: max(SAMPLES, len(first))]]
 
 
 @torch.no_grad()
