@@ -221,7 +221,7 @@ def _traced_openly(
     if pair is not None:
         batch = {name: {0: BATCH} for name, tensor in fed.inputs.items() if tensor.ndim}
         wider = {name: {**sizes, **asked.get(name, {})} for name, sizes in batch.items()}
-        for dimensions in (wider, batch):
+        for dimensions in (wider, batch) if wider != batch else (batch,):
             try:
                 return _traced_within_bounds(fed, pair, dimensions)
             except Exception:
