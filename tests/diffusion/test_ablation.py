@@ -208,11 +208,11 @@ def row(*errors, **changes):
 def test_means_and_standard_deviations_over_the_seeds():
     lines = to_markdown([row(0.001, 0.003), row(2.0, tiar="cache", fsc=False)], ["A note."]).splitlines()
     assert lines[0] == (
-        "| pipeline | bits | TIAR | FSC | temporal error | temporal mismatch | trajectory error "
-        "| image error | image PSNR | Fréchet distance |"
+        "| pipeline | bits | TIAR | FSC | temporal error | temporal mismatch | teacher forced error "
+        "| trajectory error | image error | image PSNR | Fréchet distance |"
     )
-    assert lines[2] == f"| p | W4A8 | on | on |{' 0.002 ± 0.0014 |' * 6}"
-    assert lines[3] == f"| p | W4A8 | cache | off |{' 2 |' * 6}"
+    assert lines[2] == f"| p | W4A8 | on | on |{' 0.002 ± 0.0014 |' * 7}"
+    assert lines[3] == f"| p | W4A8 | cache | off |{' 2 |' * 7}"
     assert lines[5] == "- A note."
 
 

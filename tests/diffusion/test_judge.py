@@ -1,6 +1,7 @@
 """How a quantized denoiser is judged: figures in closed form, and what a run shows of them."""
 
 import json
+from statistics import median
 
 import pytest
 import tiny_pipelines
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 import ptqcore
 from ptq_diffusion.figures import MOST_RANGES, image_rows, range_curves, temporal_curves, trajectory_curves
 from ptq_diffusion.judge import mismatch, relative_error, temporal_error, temporal_errors
+from ptq_diffusion.pipelines import load
+from ptq_diffusion.sampling import SamplingOptions
+from ptq_diffusion.teacher_forcing import Teacher
 from ptqcore import Curves, FakeQuant, Pictures, QuantLinear, QuantSpec, Recipe, Timesteps
 from ptqcore.recipe import validate
 
@@ -79,6 +83,18 @@ def test_the_relative_error_is_that_of_squares() -> None:
     assert relative_error(torch.zeros_like(x), x) == 1
     assert relative_error(1.5 * x, x) == pytest.approx(0.25)
     assert relative_error(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 5.0])) == pytest.approx(10 / 25)
+
+
+def test_predictions_are_compared_for_states_of_full_precision(tmp_path) -> None:
+    """Twice the prediction of every state: an error of 1 in every step, however far states went by then."""
+    DDIMPipeline(tiny_pipelines.unet(), DDIMScheduler()).save_pretrained(tmp_path)
+    loaded = load(str(tmp_path))
+    options = SamplingOptions(steps=STEPS, batch=2)
+    teacher = Teacher(loaded, options, [0, 1])
+    assert teacher.errors(loaded.denoiser) == [0.0] * STEPS
+    loaded.denoiser.conv_out.weight.data.mul_(2)
+    loaded.denoiser.conv_out.bias.data.mul_(2)
+    assert teacher.errors(loaded.denoiser) == pytest.approx([1.0] * STEPS)
 
 
 # Figures
@@ -184,13 +200,14 @@ FSC = "finite-set-calibration"
 
 def test_the_figures_of_a_run_are_of_the_quantized_denoiser(quantized):
     record, _, _ = quantized(FSC, "round")
-    images, trajectory, temporal, ranges = record.figures
+    images, trajectory, predictions, temporal, ranges = record.figures
     assert isinstance(images, Pictures)
     assert list(images.rows) == ["full precision", "quantized"]
     before, after = (torch.stack(list(row)) for row in images.rows.values())
     assert float((before - after).square().mean()) == pytest.approx(record.after["image_error"])
     assert list(trajectory.x) == list(range(1, STEPS + 1))
     assert trajectory.series["quantized"][(STEPS - 1) // 2] == record.after["trajectory_error"] > 0
+    assert median(predictions.series["quantized"]) == record.after["teacher_forced_error"] > 0
     mean, worst = temporal.series.values()
     assert sum(mean) / STEPS == pytest.approx(record.after["temporal_error"])
     assert all(one <= other for one, other in zip(mean, worst, strict=True))
@@ -200,9 +217,9 @@ def test_the_figures_of_a_run_are_of_the_quantized_denoiser(quantized):
 
 def test_the_naive_baseline_stands_between_full_precision_and_the_result(quantized):
     record, _, folder = quantized(FSC, "round", baseline=True)
-    images, trajectory, temporal, ranges = record.figures
+    images, trajectory, predictions, temporal, ranges = record.figures
     assert list(images.rows) == ["full precision", "naive baseline", "quantized"]
-    assert list(trajectory.series) == ["naive baseline", "quantized"]
+    assert list(trajectory.series) == list(predictions.series) == ["naive baseline", "quantized"]
     first, *others = (torch.stack(list(row)) for row in images.rows.values())
     metrics = [record.baseline, record.after]
     for row, curve, found in zip(others, trajectory.series.values(), metrics, strict=True):
@@ -234,4 +251,4 @@ def test_figures_stand_in_the_report(quantized, baseline, rows):
         assert f"<h3>{figure.title}</h3>" in results
         assert str(figure.draw().svg) in results
     assert results.count("<img") == 4 * rows
-    assert results.count("<svg") == sum(isinstance(figure, Curves) for figure in record.figures) == 3
+    assert results.count("<svg") == sum(isinstance(figure, Curves) for figure in record.figures) == 4

@@ -11,7 +11,7 @@ from ptqcore import BarChart, Spread, TablePage, csv_table, markdown_table, writ
 Cell = str | float | Spread | None
 
 METRICS = (
-    *("temporal_error", "temporal_mismatch", "trajectory_error"),
+    *("temporal_error", "temporal_mismatch", "teacher_forced_error", "trajectory_error"),
     *("image_error", "image_psnr", "frechet_distance"),
 )
 _CHARTS = ("temporal_error", "trajectory_error", "image_error")

@@ -23,6 +23,18 @@ def trajectory_curves(errors: Mapping[str, Sequence[float]]) -> Curves:
     )
 
 
+def prediction_curves(errors: Mapping[str, Sequence[float]]) -> Curves:
+    """The relative squared difference of the predictions in every step: model → [steps]."""
+    return Curves(
+        "Teacher-forced error",
+        range(1, max(map(len, errors.values())) + 1),
+        errors,
+        "step of the sampler",
+        "relative squared difference",
+        "The predictions for the states that the full-precision model goes through, against its own.",
+    )
+
+
 def temporal_curves(errors: Mapping[str, Mapping[str, Tensor]], timesteps: Tensor) -> Curves:
     """The mean and the worst of the temporal features.
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +12,23 @@ from ptq_diffusion.calls import DenoiserCall
 from ptq_diffusion.classifier import Classifier, load_classifier
 from ptq_diffusion.drawing import SamplingOptions
 from ptq_diffusion.features_of_time import temporal_features
-from ptq_diffusion.figures import image_rows, range_curves, temporal_curves, trajectory_curves
+from ptq_diffusion.figures import (
+    image_rows,
+    prediction_curves,
+    range_curves,
+    temporal_curves,
+    trajectory_curves,
+)
 from ptq_diffusion.frechet import frechet_distance
 from ptq_diffusion.image_metrics import compare
 from ptq_diffusion.pipelines import Loaded
 from ptq_diffusion.sampling import Samples, sample
 from ptq_diffusion.schedules import timesteps_of
+from ptq_diffusion.teacher_forcing import Teacher
 from ptq_diffusion.temporal import TemporalMap
 from ptqcore import Curves, Pictures
+
+TAUGHT = 16  # images whose states predictions are compared at
 
 
 @dataclass(frozen=True)
@@ -26,11 +36,13 @@ class Seen:
     """What is shown of one denoiser.
 
     images: [n, channels, height, width]. trajectory: the error of the states after every step.
+    predictions: the error of what it predicts from full-precision states, in every step.
     temporal: path → 1 − cos [timesteps]. ranges: of the inputs of its temporal block.
     """
 
     images: Tensor
     trajectory: list[float]
+    predictions: list[float]
     temporal: dict[str, Tensor]
     ranges: Curves | None
 
@@ -40,8 +52,10 @@ class Judge:
 
     temporal_error: mean of 1 − cos over temporal features and timesteps, 0 where there are none.
     temporal_mismatch: share of (feature, timestep) whose nearest full-precision feature, by cosine, is
-    that of another timestep. trajectory_error: mean squared difference of the states half-way through the
-    schedule, relative to their mean square. image_error: mean squared difference of the images.
+    that of another timestep. teacher_forced_error: squared difference of the predictions for full-precision
+    states, relative to their squares: the median over the steps, as the last, where little is left to
+    predict, would dominate a mean. trajectory_error: mean squared difference of the states half-way
+    through the schedule, relative to their mean square. image_error: mean squared difference of the images.
     image_psnr, image_ssim, image_feature_distance: means over pairs of images (see `image_metrics`).
     frechet_distance: between both sets of images, on the features of the embedded classifier of digits.
     """
@@ -65,6 +79,7 @@ class Judge:
         self._call, self._temporal = call, temporal
         self._timesteps = torch.unique(timesteps_of(loaded, options))
         self._reference: Samples | None = None
+        self._teacher: Teacher | None = None
         self._features: dict[str, Tensor] = {}
         self._seen: dict[str, Seen] = {}
 
@@ -72,14 +87,17 @@ class Judge:
         """The metrics of a denoiser, which figures call `judged`; those of the first are perfect."""
         made = sample(self._loaded.with_denoiser(denoiser), self._options, self._seeds, "making images")
         features = self.features(denoiser)
-        if self._reference is None:
+        if self._reference is None or self._teacher is None:
             self._reference, self._features = made, features
-        first = self._reference
+            few = self._seeds[: min(TAUGHT, self._options.batch)]
+            self._teacher = Teacher(self._loaded.with_denoiser(denoiser), self._options, few)
+        first, predictions = self._reference, self._teacher.errors(denoiser)
         half = (len(first.states) - 1) // 2
         trajectory = [relative_error(*pair) for pair in zip(made.states, first.states, strict=True)]
         self._seen[judged] = Seen(
             made.images,
             trajectory,
+            predictions,
             temporal_errors(features, self._features),
             range_curves(denoiser, self._temporal.block),
         )
@@ -87,6 +105,7 @@ class Judge:
         return {
             "temporal_error": temporal_error(features, self._features),
             "temporal_mismatch": mismatch(features, self._features),
+            "teacher_forced_error": median(predictions),
             "trajectory_error": trajectory[half],
             "image_error": float((made.images - first.images).square().mean()),
             "image_psnr": images["psnr"],
@@ -98,14 +117,15 @@ class Judge:
         }
 
     def figures(self) -> list[Curves | Pictures]:
-        """Images of all denoisers; of all but the first, the trajectory error at every step and, where
-        there are temporal features, their error at every timestep; of the last, the ranges of the inputs
-        of its temporal block, if it has one for each timestep."""
+        """Images of all denoisers; of all but the first, the errors of states and predictions at every step
+        and, where there are temporal features, their error at every timestep; of the last, the ranges of
+        the inputs of its temporal block, if it has one for each timestep."""
         _, *compared = self._seen
         last = self._seen[compared[-1]]
         found: list[Curves | Pictures] = [
             image_rows({judged: seen.images for judged, seen in self._seen.items()}),
             trajectory_curves({judged: self._seen[judged].trajectory for judged in compared}),
+            prediction_curves({judged: self._seen[judged].predictions for judged in compared}),
         ]
         if last.temporal:
             errors = {judged: self._seen[judged].temporal for judged in compared}
