@@ -108,6 +108,31 @@ def test_symmetric_activations_and_weights_with_a_zero_point_are_the_same_number
     assert set(found.layers.values()) == {None}
 
 
+def test_zero_points_of_weights_are_taken_into_codes_of_few_bits(tmp_path):
+    weights = WEIGHTS | {"bits": 4, "symmetric": False}
+    record = export("residual", tmp_path, weights=weights)
+    assert record.largest_difference == 0
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph(tmp_path).initializer}
+    assert not stored["first.weight.zero_point"].any()
+    for name in ("onnxruntime", "openvino"):  # OpenVINO computes with no other zero point
+        assert set(engine(record, name).layers.values()) == {None}
+
+
+@pytest.mark.parametrize("network", ["residual", "smooth"])
+def test_convolutions_with_the_grids_of_their_inputs_alone_are_products_of_windows(network, tmp_path):
+    record = export(network, tmp_path, scope="layers")
+    assert record.largest_difference == 0
+    for name in ("onnxruntime", "openvino"):
+        found = engine(record, name)
+        assert set(found.layers.values()) == {None}
+        assert found.within_one_step == 1
+
+
+def test_sums_behind_layers_are_of_what_was_rounded(tmp_path):
+    found = engine(export("residual", tmp_path), "openvino")
+    assert found.largest_steps < 0.1  # it would leave the rounding out
+
+
 def test_relu_and_clipping_are_left_to_the_quantizers(tmp_path):
     export("pooled", tmp_path)
     assert {"Relu", "Clip"}.isdisjoint(kinds(tmp_path))

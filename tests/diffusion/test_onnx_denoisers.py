@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tiny_pipelines
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DConditionModel, UNet2DModel
 
 import ptqcore
 from ptqcore import ExportError, Recipe, timesteps_of
@@ -19,24 +19,36 @@ STEPS = 3
 FSC, EVERYWHERE = "finite-set-calibration", {"finite-set-calibration": {"scope": "all"}}
 
 
+SMALL = {
+    "sample_size": 8,
+    "layers_per_block": 1,
+    "block_out_channels": (8,),
+    "attention_head_dim": 4,
+    "norm_num_groups": 4,
+}
+
+
 def unet():
     """With convolutions of both sizes, attention, and skip connections."""
     torch.manual_seed(0)
-    denoiser = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        attention_head_dim=4,
-        norm_num_groups=4,
-    )
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    denoiser = UNet2DModel(in_channels=1, out_channels=1, **blocks, **SMALL)
     return DDIMPipeline(denoiser.eval(), DDIMScheduler())
 
 
-PIPELINES = {"unet": unet, "dit": tiny_pipelines.class_to_image, "text": tiny_pipelines.text_to_image}
+def text():
+    pipeline = tiny_pipelines.text_to_image()
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    width = tiny_pipelines.WIDTH
+    denoiser = UNet2DConditionModel(
+        in_channels=4, out_channels=4, cross_attention_dim=width, **blocks, **SMALL
+    )
+    pipeline.register_modules(unet=denoiser.eval())
+    return pipeline
+
+
+PIPELINES = {"unet": unet, "dit": tiny_pipelines.class_to_image, "text": text}
 
 
 @pytest.fixture(scope="module")
