@@ -1,16 +1,27 @@
 """The weights of a temporal block, rounded together against its temporal features.
 
-Source: TFMQ-DM (Huang et al., CVPR 2024), temporal information aware reconstruction.
+Source: TFMQ-DM (Huang et al., CVPR 2024), temporal information aware reconstruction. Ours: where
+inputs have a range for each timestep, they are rounded while weights learn, which make up for that too.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ptq_diffusion.features_of_time import TimePath
-from ptqcore import LearnedRounding, ModelError, Problem, Schedule, reconstruct
+from ptqcore import (
+    LearnedRounding,
+    ModelError,
+    Problem,
+    QuantizedTensor,
+    QuantSpec,
+    Schedule,
+    grid,
+    reconstruct,
+)
 
 
 def round_together(
@@ -18,6 +29,7 @@ def round_together(
     way: TimePath,
     wanted: Mapping[str, Tensor],
     roundings: Mapping[str, LearnedRounding],
+    inputs: Mapping[str, QuantSpec],
     timesteps: Tensor,
     schedule: Schedule,
     generator: torch.Generator,
@@ -29,6 +41,7 @@ def round_together(
         way: from the timestep to its features.
         wanted: path → feature [timesteps, …] in full precision.
         roundings: path → rounding of a layer's weight.
+        inputs: path → grid of the rows of a layer's input, which are rounded meanwhile.
         timesteps: [timesteps], of the schedule.
         schedule: of the updates, each on as many timesteps as it says.
         generator: of their order.
@@ -42,7 +55,7 @@ def round_together(
 
     def predict(rows: Sequence[int]) -> list[Tensor]:
         weights = {path: rounding.weight for path, rounding in roundings.items()}
-        with torch.enable_grad(), replaced(model, weights):
+        with torch.enable_grad(), replaced(model, weights), rounding(model, inputs):
             found = way(timesteps[list(rows)])
         return [found[path] for path in wanted]
 
@@ -66,11 +79,15 @@ def round_together(
 
 @torch.no_grad()
 def rounded_features(
-    model: nn.Module, way: TimePath, roundings: Mapping[str, LearnedRounding], timesteps: Tensor
+    model: nn.Module,
+    way: TimePath,
+    learned: Mapping[str, QuantizedTensor],
+    inputs: Mapping[str, QuantSpec],
+    timesteps: Tensor,
 ) -> dict[str, Tensor]:
-    """The temporal features path → [timesteps, …] with every rounding decided, activations as they are."""
-    weights = {path: rounding.hard().dequantize() for path, rounding in roundings.items()}
-    with replaced(model, weights):
+    """The temporal features path → [timesteps, …] with quantized weights; else as `round_together`."""
+    weights = {path: weight.dequantize() for path, weight in learned.items()}
+    with replaced(model, weights), rounding(model, inputs):
         return way(timesteps)
 
 
@@ -78,6 +95,33 @@ def squared_error(predicted: list[Tensor], target: list[Tensor], _: str) -> Tens
     """Σ over features of the squared norm of the difference, mean over timesteps (TFMQ-DM)."""
     errors = [(p - t).square().sum(-1).mean() for p, t in zip(predicted, target, strict=True)]
     return torch.stack(errors).sum()
+
+
+def rounded_by_row(x: Tensor, spec: QuantSpec) -> Tensor:
+    """x [rows, channels] with every row rounded in the range of its values, which the spec calls a channel.
+
+    Where rows are timesteps and nothing else has a say in x, that is the range for each timestep which
+    calibration finds. Gradients pass straight through.
+    """
+    scale, zero_point = grid.scale_and_zero_point(*grid.value_range(x, spec), spec)
+    return grid.fake_quantize(x, scale, zero_point, spec)
+
+
+@contextmanager
+def rounding(model: nn.Module, inputs: Mapping[str, QuantSpec]) -> Iterator[None]:
+    """Compute layers with inputs rounded by row for a while."""
+
+    def hook(spec: QuantSpec) -> Callable[..., Any]:
+        return lambda _, args: (rounded_by_row(args[0], spec), *args[1:])
+
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(hook(spec)) for path, spec in inputs.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """The step `tiar`: temporal information aware reconstruction (TFMQ-DM, Huang et al., CVPR 2024), and tables
 of temporal features in its place (Huang et al., TPAMI 2025, arXiv 2407.19547)."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -12,7 +13,7 @@ from ptq_diffusion.caching import Caching, prove, with_one_value
 from ptq_diffusion.features_of_time import TimePath
 from ptq_diffusion.judge import temporal_errors
 from ptq_diffusion.table_correction import TableCorrection
-from ptq_diffusion.temporal_rounding import round_together, rounded_features
+from ptq_diffusion.temporal_rounding import round_together, rounded_features, squared_error
 from ptq_diffusion.temporal_step import TemporalStep
 from ptqcore import (
     Block,
@@ -21,6 +22,7 @@ from ptqcore import (
     Dataflow,
     LearnedRounding,
     QuantizedTensor,
+    QuantSpec,
     Schedule,
     StepOptions,
     Timesteps,
@@ -35,7 +37,7 @@ class TIAROptions(StepOptions):
     """mode: `reconstruct`, round the weights of the temporal block together; `cache`, put tables of the
     full-precision temporal features in their place; `auto`, for each feature a table where it takes no more
     bytes than the packed weights that it replaces, or where the reconstructed feature's error is above the
-    tolerance: the mean of 1 − cos over the timesteps, weights rounded and activations not.
+    tolerance: the mean of 1 − cos over the timesteps, inputs rounded where they have a range for each.
 
     correction: once the rest of a block is quantized, the tables of features that are only added to another
     tensor take the mean error of that sum, for each channel and timestep.
@@ -80,6 +82,7 @@ class TIAR(TemporalStep):
         self._learned: dict[str, QuantizedTensor] = {}
         self._tables: dict[str, Tensor] = {}
         self._losses: list[float] = []
+        self._inputs: dict[str, QuantSpec] = {}
         self._correction = TableCorrection(flow)
         temporal = self.find(model, flow, run)
         targets = self.context.targets(Block(model, ""))
@@ -95,15 +98,16 @@ class TIAR(TemporalStep):
         caching = Caching(flow, temporal, single, self.context.grids.weights, features)
         chosen = self._at_once(caching)
         gone = caching.tables(chosen)
-        roundings = {path: self._rounding(path, one) for path, one in layers.items() if path not in gone}
         left = {path: feature for path, feature in features.items() if path not in gone}
-        if left and roundings:
-            self._round(model, way, left, roundings)
+        rest = {path: layer for path, layer in layers.items() if path not in gone}
+        if left and rest:
+            self._round(model, way, left, rest)
         if self.options.mode == "auto":
-            found = rounded_features(model, way, roundings, self._times)
+            found = rounded_features(model, way, self._learned, self._inputs, self._times)
             chosen = self._with_inexact(caching, chosen, left, found)
         self._tables = caching.tables(chosen)
-        self._learned = {path: one.hard() for path, one in roundings.items() if path not in self._tables}
+        for path in self._tables:
+            self._learned.pop(path, None)
         if self.options.mode != "reconstruct":
             self._say(caching, chosen, len(set(features) & set(layers)))
         if self._tables:
@@ -176,14 +180,32 @@ class TIAR(TemporalStep):
         observer.update(weight.flatten(1).float())
         return LearnedRounding(weight, QuantizedTensor.from_range(weight, *observer.range(), quant.spec))
 
+    def _rounded_inputs(self, paths: Iterable[str]) -> dict[str, QuantSpec]:
+        """Grids of rows for the inputs of layers that have a range for each timestep, by path."""
+        grids = {path: self.context.grids.inputs(path) for path in paths}
+        return {
+            path: QuantSpec(bits=quant.bits, symmetric=quant.symmetric, granularity="channel")
+            for path, quant in grids.items()
+            if quant is not None and quant.of_timestep
+        }
+
     def _round(
-        self,
-        model: nn.Module,
-        way: TimePath,
-        wanted: Mapping[str, Tensor],
-        roundings: Mapping[str, LearnedRounding],
+        self, model: nn.Module, way: TimePath, wanted: Mapping[str, Tensor], layers: Mapping[str, nn.Module]
     ) -> None:
-        """Learn the roundings; the loss of each update is kept for the report."""
+        """Learn the roundings; the loss of each update is kept for the report.
+
+        They are learned with the inputs as they are and, where these have a range for each timestep, again
+        with rounded inputs: neither is always the better, so that what then errs less is kept.
+        """
         schedule = Schedule(self.options.iterations, len(self._times), self.options.rate, 0.0)
-        generator = torch.Generator().manual_seed(self.context.seed)
-        self._losses = round_together(model, way, wanted, roundings, self._times, schedule, generator)
+        self._inputs = self._rounded_inputs(layers)
+        least = math.inf
+        for inputs in [{}, self._inputs] if self._inputs else [{}]:
+            roundings = {path: self._rounding(path, layer) for path, layer in layers.items()}
+            generator = torch.Generator().manual_seed(self.context.seed)
+            losses = round_together(model, way, wanted, roundings, inputs, self._times, schedule, generator)
+            learned = {path: rounding.hard() for path, rounding in roundings.items()}
+            found = rounded_features(model, way, learned, self._inputs, self._times)
+            error = float(squared_error([found[path] for path in wanted], list(wanted.values()), ""))
+            if error < least:
+                least, self._learned, self._losses = error, learned, losses
