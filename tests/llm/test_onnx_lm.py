@@ -168,6 +168,7 @@ class TestPackedWeights:
             open_dimensions={"input_ids": {1: "sequence"}},
             class_dimension=-1,
             forward=lambda model, sample: model(**sample),
+            timestep=lambda sample: None,
         )
         samples = [{"input_ids": tokens(1, WINDOW), "use_cache": False}]
         OnnxMatMulNBits().export(found.model, task, samples, tmp_path)
