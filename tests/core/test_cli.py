@@ -132,7 +132,8 @@ def test_plugins_lists_the_core_and_what_the_language_model_plugin_brings(ptq):
     code, out, _ = ptq("plugins")
     assert code == 0
     lines = out.splitlines()
-    assert lines[0].startswith("core: steps equalize, round, adaround, brecq, qdrop, bias-correction; ")
+    steps = "equalize, split-concatenations, round, adaround, brecq, qdrop, bias-correction"
+    assert lines[0].startswith(f"core: steps {steps}; ")
     (llm,) = [line for line in lines if line.startswith("llm ")]
     assert llm.startswith(f"llm (ptq-llm {discover().versions()['llm']}): tasks causal-lm, text-encoder; ")
     assert llm.endswith(f"recipes {', '.join(LLM_RECIPES)}")
