@@ -237,7 +237,7 @@ class Timesteps(nn.Module):
             raise ModelError(
                 f"timestep {timestep:g} is not among those that the model was calibrated for ({known}): "
                 "sample with the calibrated schedule, or give the model ranges for this one "
-                "(ptq_diffusion.set_schedule)"
+                "with add_timesteps"
             )
         if not self._warned:
             self._warned = True

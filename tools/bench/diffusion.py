@@ -14,10 +14,6 @@ published) and 20,000 iterations, against the recipe as it is shipped. At other 
 are scaled, and so are the images of the published schedule, each image seen as often as published; the
 recipe keeps all its calibration data. What the full size would cost is then also extrapolated, below the
 table: stages that are scaled, over the scale.
-
-`noise error` is the relative squared difference of what both networks predict for the states of
-full-precision sampling: the median over timesteps (the last one, where little is left to predict,
-rules means).
 """
 
 import argparse
@@ -26,7 +22,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -37,13 +32,10 @@ from rich.table import Table
 from stages import REST, Stages
 from torch import nn
 
-from ptq_diffusion.calls import DenoiserCall
 from ptq_diffusion.denoising import Denoising
 from ptq_diffusion.finite_set import FiniteSetCalibration
-from ptq_diffusion.judge import relative_error
 from ptq_diffusion.tiar import TIAR, TIAROptions
-from ptq_diffusion.trajectories import collect
-from ptqcore import PtqError, load, quantize, tensors_in
+from ptqcore import PtqError, load, quantize
 from ptqcore.calibration import Calibration
 from ptqcore.learned_rounding import BRECQ, ReconstructOptions
 from ptqcore.plan import Plan, make_plan
@@ -53,7 +45,7 @@ from ptqcore.run import _Run
 
 _STAGES = (DATA, RANGES, TEMPORAL, BLOCKS, ACTIVATIONS, REST)
 _LEFT_OUT = "loading, judging, saving"
-_JUDGED = ("temporal_error", "trajectory_error", "image_error")
+_JUDGED = ("temporal_error", "teacher_forced_error", "trajectory_error", "image_error")
 
 
 @dataclass(frozen=True)
@@ -152,21 +144,10 @@ def quality(model: nn.Module, samples: int) -> dict[str, float]:
     with TemporaryDirectory(prefix="ptq-bench-") as workspace:
         task = plan_of(recipe_of([f"task.samples={samples}"])).task(Path(workspace))
         assert isinstance(task, Denoising)
-        exact = task.load_model().eval()
-        task.evaluate(exact)
+        task.evaluate(task.load_model().eval())
         task.judged = "quantized"
         metrics = task.evaluate(model)
-        seeds = range(task.options.seeds, task.options.seeds + samples)
-        calls = collect(task.loaded, task._sampling, seeds, samples).calls
-        found = {key.replace("_", " "): metrics[key] for key in _JUDGED}
-        return found | {"noise error": median(noise_errors(model, exact, calls))}
-
-
-@torch.no_grad()
-def noise_errors(model: nn.Module, exact: nn.Module, calls: list[DenoiserCall]) -> list[float]:
-    """Of each call: Σ (found − expected)² / Σ expected² of what networks return for the same states."""
-    pairs = ((tensors_in(call.run(model)), tensors_in(call.run(exact))) for call in calls)
-    return [relative_error(found[0], expected[0]) for found, expected in pairs]
+        return {key.replace("_", " "): metrics[key] for key in _JUDGED}
 
 
 def cost_table(costs: dict[str, Cost], scale: float) -> Table:

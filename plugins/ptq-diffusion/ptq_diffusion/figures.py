@@ -12,27 +12,22 @@ MOST_RANGES = 6
 
 
 def trajectory_curves(errors: Mapping[str, Sequence[float]]) -> Curves:
-    """The relative squared difference of the states after every step: model → [steps]."""
-    return Curves(
-        "Trajectory error",
-        range(1, max(map(len, errors.values())) + 1),
-        errors,
-        "step of the sampler",
-        "relative squared difference",
-        "How far the states of sampling are from those of the full-precision model, which began the same.",
+    """The error of the states after every step: model → [steps]."""
+    note = (
+        "How far the states of sampling are from those of the full-precision model, which began the same."
     )
+    return _step_curves("Trajectory error", errors, note)
 
 
 def prediction_curves(errors: Mapping[str, Sequence[float]]) -> Curves:
-    """The relative squared difference of the predictions in every step: model → [steps]."""
-    return Curves(
-        "Teacher-forced error",
-        range(1, max(map(len, errors.values())) + 1),
-        errors,
-        "step of the sampler",
-        "relative squared difference",
-        "The predictions for the states that the full-precision model goes through, against its own.",
-    )
+    """The error of the predictions in every step: model → [steps]."""
+    note = "The predictions for the states that the full-precision model goes through, against its own."
+    return _step_curves("Teacher-forced error", errors, note)
+
+
+def _step_curves(title: str, errors: Mapping[str, Sequence[float]], note: str) -> Curves:
+    steps = range(1, max(map(len, errors.values())) + 1)
+    return Curves(title, steps, errors, "step of the sampler", "relative squared difference", note)
 
 
 def temporal_curves(errors: Mapping[str, Mapping[str, Tensor]], timesteps: Tensor) -> Curves:
