@@ -40,8 +40,9 @@ def digest_of(value: Any) -> str:
     for leaf in leaves:
         if isinstance(leaf, Tensor):
             total.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
-            raw = leaf.detach().cpu().contiguous().flatten().view(torch.uint8)
-            total.update(raw.numpy().data)
+            values = leaf.detach().cpu().contiguous()
+            flat = values.as_strided((values.numel(),), (1,))  # of one element, any stride is contiguous
+            total.update(flat.view(torch.uint8).numpy().data)
         else:
             total.update(repr(leaf).encode())
     return total.hexdigest()
