@@ -1,0 +1,24 @@
+"""ptq-lane: post-training quantization of lane detectors, judged by the lanes that they find."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ptqcore import Plugin
+
+if TYPE_CHECKING:
+    from ptq_lane.adapter import Adapter as Adapter
+    from ptq_lane.lanes import Frame as Frame
+    from ptq_lane.lanes import Lanes as Lanes
+
+_HOME = {"Adapter": "adapter", "Frame": "lanes", "Lanes": "lanes"}
+
+__all__ = [*_HOME, "plugin"]
+
+plugin = Plugin(name="lane")
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name at its first use, so that the command line starts without torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'ptq_lane' has no attribute {name!r}")
+    return getattr(import_module(f"ptq_lane.{_HOME[name]}"), name)
