@@ -1,0 +1,1 @@
+"""The small networks that ptq-lane ships, one a family of lane detectors."""
