@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from ptqcore.recipe import QuantSection as QuantSection
     from ptqcore.recipe import Recipe as Recipe
     from ptqcore.recipe import TensorQuant as TensorQuant
+    from ptqcore.reconstruction import Objective as Objective
     from ptqcore.reconstruction import Problem as Problem
     from ptqcore.reconstruction import Schedule as Schedule
     from ptqcore.reconstruction import reconstruct as reconstruct
@@ -93,6 +94,7 @@ _HOME = {
     "tensors_in": "dataflow",
     "trace": "dataflow",
     "LearnedRounding": "quantizers",
+    "Objective": "reconstruction",
     "Problem": "reconstruction",
     "Schedule": "reconstruction",
     "reconstruct": "reconstruction",

@@ -17,6 +17,7 @@ from ptqcore.spec import QuantSpec
 
 MOST_LAYERS_IN_A_ROW = 3
 MOST_LAYERS_AROUND_A_SKIP = 8
+NETWORK_WISE = "network-wise"
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,15 @@ def find_blocks(
         model: the model.
         flow: one traced forward pass of it.
         targets: paths of the layers that will be quantized.
-        glob: paths of the blocks, instead.
+        glob: paths of the blocks, instead; `network-wise`: the whole model is one block.
 
     Raises:
         ModelError: if the glob matches nothing, or modules that are no blocks.
     """
-    paths = _matching(model, flow, glob) if glob is not None else _Partition(model, flow, targets).split("")
+    if glob is None:
+        paths = _Partition(model, flow, targets).split("")
+    else:
+        paths = [""] if glob == NETWORK_WISE else _matching(model, flow, glob)
     return [Block(model, path) for path in paths]
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Literal
 from zlib import crc32
 
 import torch
@@ -19,7 +19,7 @@ from ptqcore.modules import weight_rows
 from ptqcore.packed import QuantizedTensor
 from ptqcore.placement import LAYERS, Edge
 from ptqcore.quantizers import FakeQuant, LearnedRounding
-from ptqcore.reconstruction import Loss, Problem, Schedule, mean_squared_error, reconstruct
+from ptqcore.reconstruction import Objective, Problem, Schedule, reconstruct
 from ptqcore.step import Step, StepOptions
 
 _CACHE_BYTES = 2**23
@@ -52,15 +52,13 @@ class ReconstructOptions(StepOptions):
 class Reconstruct(Step):
     """Learns the rounding of a block's weights, and the steps of its activations.
 
-    `loss(predicted, target, block)` may be replaced by a subclass: both are lists of the block's
-    output tensors [samples, …], `block` is its path.
+    Subclasses may minimise something else: `objective`.
     """
 
     Options = ReconstructOptions
     options: ReconstructOptions
     needs_exact = True
     stage = "quantize"
-    loss: ClassVar[Loss] = staticmethod(mean_squared_error)
 
     def prepare(self, model: nn.Module, flow: Dataflow, run: Callable[[], object]) -> None:
         """Keep the map: where layers read their inputs, and how large tensors are."""
@@ -70,6 +68,16 @@ class Reconstruct(Step):
     def phases(self) -> Sequence[Phase]:
         """What is learned, in order."""
         return ()
+
+    def objective(self, learner: BlockLearner, phase: Phase, calibration: Calibration) -> Objective:
+        """What is minimised in a phase; by default the mean squared error of the block's outputs.
+
+        Args:
+            learner: computes the block.
+            phase: what is learned.
+            calibration: the block's inputs, and what the full-precision model has at its output.
+        """
+        return Objective()
 
     def block(self, block: Block, calibration: Calibration) -> None:
         roundings = {
@@ -90,7 +98,7 @@ class Reconstruct(Step):
                 learner.target,
                 list(roundings.values()) if phase.roundings else [],
                 list(learner.learned.values()) if phase.steps and phase.keep else [],
-                type(self).loss,
+                self.objective(learner, phase, calibration),
                 self._at_once(block, calibration),
             )
             self._reconstruct(problem, self.options.schedule(phase.share), generator)

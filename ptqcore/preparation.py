@@ -76,7 +76,7 @@ def prepare(plan: Plan, task: Task, model: nn.Module, samples: Sequence[Any]) ->
     for exporter in plan.exporters:
         exporter.check_layers(recipe.quant, targets)
         exporter.check_model(model, task, targets)
-    context = Context(recipe.quant, plan.observer, excluded, recipe.seed, grids)
+    context = Context(recipe.quant, plan.observer, excluded, recipe.seed, grids, task)
     return Prepared(model, samples, flow, context, blocks, folding, timesteps)
 
 

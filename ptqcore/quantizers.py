@@ -68,8 +68,8 @@ class FakeQuant(nn.Module):
         Raises:
             ModelError: if there is one for each, and no timestep is known.
         """
-        assert self.scale is not None
         if self.spec.timesteps is None:
+            assert self.scale is not None
             return self.scale, self.zero_point
         moment = current()
         scale, zero_point = self._kept(moment)
@@ -82,11 +82,12 @@ class FakeQuant(nn.Module):
 
     def _kept(self, moment: Moment) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point that the tables have for a moment."""
-        assert self.scale is not None
-        scale = moment.of(self.scale)
-        if self.zero_point is None or moment.share is None:
-            return scale, None if self.zero_point is None else moment.of(self.zero_point)
-        low = moment.of((self.spec.middle - self.zero_point) * self.scale)  # of the grid's middle
+        scales, zero_points = self.scale, self.zero_point
+        assert scales is not None
+        scale = moment.of(scales)
+        if zero_points is None or moment.share is None:
+            return scale, None if zero_points is None else moment.of(zero_points)
+        low = moment.of((self.spec.middle - zero_points) * scales)  # of the grid's middle
         return scale, torch.round(self.spec.middle - low / scale)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,7 +174,7 @@ class LearnedRounding:
 
     def decide(self) -> None:
         """Let `weight` be the one with every rounding decided, until the next update."""
-        self.weight = self.hard().dequantize().to(self.weight.dtype)
+        self.weight = self.hard().dequantize().float()
 
     @torch.no_grad()
     def hard(self) -> QuantizedTensor:
@@ -208,13 +209,19 @@ class LearnedStep:
         return rounded
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """Give the quantizer the learned step, at most the one it started with.
+    def decide(self) -> None:
+        """Let the step be at most the one that it started with.
 
         A range never grows beyond what was observed: engines drop an activation function before a
         quantizer only if the quantizer's range lies inside the function's.
         """
-        self.quantizer.scale = self._start * self.variable.clamp(max=0.0).exp()
+        self.variable.clamp_(max=0.0)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Give the quantizer the learned step, decided."""
+        self.decide()
+        self.quantizer.scale = self._start * self.variable.exp()
 
 
 class _QuantizeStep(torch.autograd.Function):

@@ -149,7 +149,9 @@ class Recipe(BaseModel):
     task: TaskSection
     quant: QuantSection
     blocks: str | None = Field(
-        default=None, description="glob of the blocks' paths, if the map's are not wanted"
+        default=None,
+        description="glob of the blocks' paths, if the map's are not wanted; network-wise: the whole "
+        "model is one block",
     )
     memory_gib: float | None = Field(
         default=None,

@@ -15,13 +15,32 @@ from torch import Tensor
 
 from ptqcore.quantizers import LearnedRounding, LearnedStep
 
-Loss = Callable[[list[Tensor], list[Tensor], str], Tensor]
 
+class Objective:
+    """What is minimised. Subclasses weigh outputs, change weights on the way, or judge what was learned."""
 
-def mean_squared_error(predicted: list[Tensor], target: list[Tensor], block: str) -> Tensor:
-    """Σ over output tensors of the mean of (predicted − target)²: the default loss of a block."""
-    errors = [torch.mean((p - t).square()) for p, t in zip(predicted, target, strict=True)]
-    return torch.stack(errors).sum()
+    def loss(self, predicted: list[Tensor], target: list[Tensor], samples: Sequence[int]) -> Tensor:
+        """A number, by default Σ over output tensors of the mean of (predicted − target)².
+
+        Args:
+            predicted: the block's output tensors [samples, …] with the variables as they now are.
+            target: what they should be.
+            samples: their numbers.
+        """
+        errors = [torch.mean((p - t).square()) for p, t in zip(predicted, target, strict=True)]
+        return torch.stack(errors).sum()
+
+    def before(self, updates: int) -> None:
+        """Called before every update, with the number of those that were made."""
+
+    def judges(self, updates: int) -> bool:
+        """Whether the state after so many updates is to be judged. If any is, so is the last, and the best
+        one is kept, the later of equals."""
+        return False
+
+    def judge(self) -> float:
+        """How bad the block is, computed with every rounding decided, which it now is."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -62,7 +81,7 @@ class Problem:
     target: Callable[[Sequence[int]], list[Tensor]]
     roundings: list[LearnedRounding]
     steps: list[LearnedStep]
-    loss: Loss = mean_squared_error
+    objective: Objective = field(default_factory=Objective)
     at_once: int = 1
     history: list[float] = field(default_factory=list)
 
@@ -82,7 +101,10 @@ def reconstruct(problem: Problem, schedule: Schedule, generator: torch.Generator
         return
     regulariser = _Regulariser(problem.roundings, schedule)
     settled = _Settled(schedule)
+    best = _Best(problem)
+    best.judge(0)
     for iteration in range(schedule.iterations):
+        problem.objective.before(iteration)
         optimizer.zero_grad()
         for rounding in problem.roundings:
             rounding.begin()
@@ -100,8 +122,10 @@ def reconstruct(problem: Problem, schedule: Schedule, generator: torch.Generator
             )
         optimizer.step()
         problem.history.append(loss)
+        best.judge(iteration + 1)
         if settled.after(loss) and regulariser.decided(iteration):
             break
+    best.restore()
 
 
 def _optimizer(problem: Problem, schedule: Schedule) -> torch.optim.Optimizer | None:
@@ -126,7 +150,7 @@ def _accumulate(problem: Problem, batch: int, generator: torch.Generator) -> flo
     total = 0.0
     for start in range(0, len(order), problem.at_once):
         chosen = order[start : start + problem.at_once]
-        loss = problem.loss(problem.predict(chosen), problem.target(chosen), problem.name)
+        loss = problem.objective.loss(problem.predict(chosen), problem.target(chosen), chosen)
         loss = loss * (len(chosen) / len(order))
         if torch.is_grad_enabled():
             loss.backward()  # type: ignore[no-untyped-call]
@@ -142,6 +166,47 @@ def _decided_loss(problem: Problem, batch: int, generator: torch.Generator) -> f
     for rounding in problem.roundings:
         rounding.decide()
     return _accumulate(problem, batch, generator)
+
+
+class _Best:
+    """The best state that was judged, of all variables."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._score = math.inf
+        self._judged = -1  # after so many updates
+        self._state: list[Tensor] = []
+
+    def judge(self, updates: int) -> None:
+        """Judge the state as it now is, if the objective wants that."""
+        if self._problem.objective.judges(updates):
+            self._judge()
+            self._judged = updates
+
+    def restore(self) -> None:
+        """Go back to the best state, if any was judged."""
+        if self._judged < 0:
+            return
+        if self._judged < len(self._problem.history):
+            self._judge()
+        with torch.no_grad():
+            for variable, kept in zip(self._variables(), self._state, strict=True):
+                variable.copy_(kept)
+
+    @torch.no_grad()
+    def _judge(self) -> None:
+        for learned in self._learned():
+            learned.decide()
+        score = self._problem.objective.judge()
+        if score <= self._score or not self._state:
+            self._score = score
+            self._state = [variable.clone() for variable in self._variables()]
+
+    def _variables(self) -> list[Tensor]:
+        return [learned.variable for learned in self._learned()]
+
+    def _learned(self) -> list[LearnedRounding | LearnedStep]:
+        return [*self._problem.roundings, *self._problem.steps]
 
 
 class _Regulariser:

@@ -17,6 +17,7 @@ from ptqcore.modules import QuantModule
 from ptqcore.observers import Observer
 from ptqcore.packed import QuantizedTensor
 from ptqcore.recipe import QuantSection, TensorQuant
+from ptqcore.task import Task
 
 Stage = Literal["transform", "range", "quantize", "correct"]
 """What a step does, in the order in which recipes may name steps: change weights so that the function
@@ -51,6 +52,7 @@ class Context:
     excluded: layers that the task leaves in full precision, path → reason.
     seed: the run's seed.
     grids: which grid every weight and activation gets.
+    task: of the run, for steps that are made for some kinds of tasks.
     """
 
     quant: QuantSection
@@ -58,6 +60,7 @@ class Context:
     excluded: dict[str, str]
     seed: int
     grids: Grids
+    task: Task
 
     def reason_to_skip(self, path: str) -> str | None:
         """Why the layer at `path` stays in full precision, or None if it is to be quantized."""

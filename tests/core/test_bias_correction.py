@@ -30,7 +30,7 @@ class Net(nn.Module):
 
 
 def context(quant: QuantSection = QUANT) -> Context:
-    return Context(quant, lambda q: MinMax(q.spec), {}, 0, Grids(quant))
+    return Context(quant, lambda q: MinMax(q.spec), {}, 0, Grids(quant), None)
 
 
 def calibrated(model: nn.Module, samples: list[Tensor]) -> tuple[Block, Calibration]:

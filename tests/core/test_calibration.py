@@ -182,7 +182,7 @@ def test_rounding_uses_the_range_that_was_set():
     found, section = calibrated([draw(5, 4)]), QuantSection.model_validate(STATIC)
     _ = found.targets  # a run asks for them first
     found.set_weight_range(LEFT, torch.full((6, 1), -0.8), torch.full((6, 1), 0.7))
-    context = Context(section, lambda each: MinMax(each.spec), {}, 0, Grids(section))
+    context = Context(section, lambda each: MinMax(each.spec), {}, 0, Grids(section), None)
     Round(StepOptions(), context).block(found.block, found)
     scale = found.block.quantized_layers()[LEFT].quantized_weight.scale
     torch.testing.assert_close(scale, torch.full((6, 1), 0.1))

@@ -14,7 +14,7 @@ from ptqcore import ModelError, grid
 from ptqcore.learned_rounding import BRECQ
 from ptqcore.packed import QuantizedTensor
 from ptqcore.quantizers import FakeQuant, LearnedRounding, LearnedStep
-from ptqcore.reconstruction import Problem, Schedule, mean_squared_error, reconstruct
+from ptqcore.reconstruction import Objective, Problem, Schedule, reconstruct
 from ptqcore.spec import QuantSpec
 
 SPEC = QuantSpec(bits=3, granularity="channel")
@@ -46,6 +46,17 @@ def linear_problem(weight, x, at_once=64, **options):
         at_once=at_once,
         **options,
     )
+
+
+class Times(Objective):
+    """The usual loss, times a factor."""
+
+    def __init__(self, factor):
+        self.factor, self.samples = factor, []
+
+    def loss(self, predicted, target, samples):
+        self.samples.append((len(samples), len(predicted[0]), len(target[0])))
+        return super().loss(predicted, target, samples) * self.factor
 
 
 def schedule(iterations=200, batch=16, rate=0.03, **options):
@@ -198,9 +209,7 @@ def test_nothing_to_learn_takes_no_iteration():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_names_the_block(value):
-    problem = linear_problem(
-        random(4, 6), random(8, 6, seed=1), loss=lambda p, t, block: p[0].sum() * value
-    )
+    problem = linear_problem(random(4, 6), random(8, 6, seed=1), objective=Times(value))
     with pytest.raises(FloatingPointError, match="'layer'"):
         reconstruct(problem, schedule(), generator())
 
@@ -225,10 +234,48 @@ def test_a_step_that_is_too_large_shrinks_and_the_loss_decreases():
     assert float(quantizer.scale) == pytest.approx(1 / 7, rel=0.1)
 
 
+class Judged(Objective):
+    """Says how bad states are by a list, and notes when it is asked."""
+
+    def __init__(self, scores, every=10):
+        self.scores, self.every, self.begun, self.seen = iter(scores), every, [], []
+
+    def before(self, updates):
+        self.begun.append(updates)
+
+    def judges(self, updates):
+        return updates % self.every == 0
+
+    def judge(self):
+        self.seen.append(self.state())
+        return next(self.scores)
+
+
+@pytest.mark.parametrize(("scores", "best"), [([3, 2, 4, 5], 1), ([1, 2, 3, 4], 0), ([2, 2, 1, 1], 3)])
+def test_the_best_state_that_was_judged_is_kept(scores, best):
+    judged = Judged(scores)
+    problem = linear_problem(random(4, 6), random(32, 6, seed=1), objective=judged)
+    (rounding,) = problem.roundings
+    judged.state = lambda: (rounding.weight.clone(), rounding.variable.clone())
+    reconstruct(problem, schedule(25, warmup=1.1), generator())
+    assert judged.begun == list(range(25))
+    assert len(judged.seen) == 4  # before the first, after 10 and 20, and at the end
+    weights, variables = judged.seen[best]
+    assert torch.equal(rounding.variable, variables)
+    assert torch.equal(rounding.hard().dequantize(), weights)
+
+
+def test_states_that_are_not_judged_are_the_last():
+    x = torch.rand(64, 50, generator=generator())
+    problem, _ = step_problem(x, 2.0)
+    reconstruct(problem, Schedule(30, 16, 1e-2, 1e-2), generator())
+    assert problem.steps[0].variable.item() < -0.1
+
+
 def test_the_default_loss_adds_the_mean_squares_of_all_outputs():
     predicted = [torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0]])]
     target = [torch.tensor([[0.0, 1.0]]), torch.tensor([[5.0]])]
-    assert float(mean_squared_error(predicted, target, "block")) == 2.5 + 9
+    assert float(Objective().loss(predicted, target, [0])) == 2.5 + 9
 
 
 # Whole runs
@@ -358,24 +405,31 @@ def test_ranges_of_activations_are_learned_and_never_grow(tmp_path, step):
     assert float(learned[image]) < float(first[image])
 
 
+def test_network_wise_is_one_block_of_everything(tmp_path):
+    step = {"qdrop": {"iterations": 20, "batch": 8}}
+    record = run(tmp_path, make, images(), step, W3A4, blocks="network-wise")
+    assert manifest_of(tmp_path)["layers"].keys() == {"stem.0", "one.a", "one.b", "two.a", "two.b", "head"}
+    assert [block.path for block in record.blocks] == [""]
+    assert len(record.blocks[0].losses) == 20
+
+
 class Scaled(BRECQ):
     """A loss of one's own."""
 
     name = "scaled"
     seen: list = []  # noqa: RUF012
 
-    @staticmethod
-    def loss(predicted, target, block):
-        Scaled.seen.append((block, predicted[0].shape, target[0].shape))
-        return mean_squared_error(predicted, target, block) * 7
+    def objective(self, learner, phase, calibration):
+        found = Times(7)
+        Scaled.seen.append((calibration.block.path, phase.roundings, found))
+        return found
 
 
 class Broken(BRECQ):
     name = "broken"
 
-    @staticmethod
-    def loss(predicted, target, block):
-        return mean_squared_error(predicted, target, block) / 0
+    def objective(self, learner, phase, calibration):
+        return Times(math.inf)
 
 
 OWN = {"scaled": f"{__name__}:Scaled", "broken": f"{__name__}:Broken"}
@@ -384,9 +438,11 @@ OWN = {"scaled": f"{__name__}:Scaled", "broken": f"{__name__}:Broken"}
 def test_a_subclass_brings_its_own_loss(tmp_path):
     Scaled.seen.clear()
     run(tmp_path, make, images(), {"scaled": {"iterations": 4, "batch": 8}}, steps=OWN)
-    assert list(dict.fromkeys(block for block, _, _ in Scaled.seen)) == ["stem", "one", "two", "head"]
-    assert all(predicted == target for _, predicted, target in Scaled.seen)
-    assert Scaled.seen[0][1] == (8, 8, 8, 8)
+    assert [block for block, _, _ in Scaled.seen[::2]] == ["stem", "one", "two", "head"]
+    assert [roundings for _, roundings, _ in Scaled.seen] == [True, False] * 4
+    sizes = [size for _, _, objective in Scaled.seen for size in objective.samples]
+    assert sizes
+    assert all(samples == predicted == target for samples, predicted, target in sizes)
 
 
 def test_a_loss_that_is_not_finite_is_refused_in_one_sentence(tmp_path):

@@ -36,7 +36,7 @@ def split(forward, bits=8, scope="dataflow", timesteps=(), first=lambda grids: N
     targets = {path for path in quantizable_layers(model) if flow.called(path)}
     grids = make_grids(quant, flow, targets, timesteps)
     before = {str(edge): one for edge, one in grids.edges.items()}
-    SplitConcatenations(StepOptions(), Context(quant, None, {}, 0, grids)).prepare(
+    SplitConcatenations(StepOptions(), Context(quant, None, {}, 0, grids, None)).prepare(
         model, flow, lambda: None
     )
     return before, {str(edge): one for edge, one in grids.edges.items()}, grids

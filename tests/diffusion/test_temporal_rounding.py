@@ -42,4 +42,4 @@ def test_gradients_pass_through_what_is_rounded():
 def test_the_error_is_summed_over_features_and_averaged_over_timesteps():
     predicted = [torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[3.0], [1.0]])]
     target = [torch.zeros(2, 2), torch.zeros(2, 1)]
-    assert float(squared_error(predicted, target, "")) == 5 / 2 + 10 / 2
+    assert float(squared_error(predicted, target)) == 5 / 2 + 10 / 2

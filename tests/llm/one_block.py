@@ -36,7 +36,7 @@ class OneBlock:
             return make_observer(registry, "llm", wanted)
 
         grids = Grids(section)
-        self.context = Context(section, observer, {}, 0, grids)
+        self.context = Context(section, observer, {}, 0, grids, None)
         io = next(iter(Walk([self.block], samples, model, exact=True)))
         exact = io.run_tensors(exact=True)
         self.calibration = Calibration(self.block, io, grids, observer, exact, masks)

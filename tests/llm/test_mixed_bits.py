@@ -252,7 +252,7 @@ def step_of(model, options, **quant):
     weights = {"bits": 4, "granularity": "group", "group_size": 16} | quant.pop("weights", {})
     section = QuantSection.model_validate({"weights": weights} | quant)
     grids = Grids(section, ends=frozenset(["model.layers.0.self_attn.q_proj"]))
-    context = Context(section, lambda each: MinMax(each.spec), {"lm_head": "head"}, 0, grids)
+    context = Context(section, lambda each: MinMax(each.spec), {"lm_head": "head"}, 0, grids, None)
     return MixedBits(MixedBits.Options(**options), context)
 
 

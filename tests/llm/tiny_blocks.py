@@ -145,5 +145,5 @@ def setup(
     flow = trace(model, lambda: run(samples[0]))
     targets = quantizable_layers(model).keys() - excluded.keys()
     section = QuantSection.model_validate(quant or quantization())
-    context = Context(section, lambda each: MinMax(each.spec), excluded, 0, Grids(section))
+    context = Context(section, lambda each: MinMax(each.spec), excluded, 0, Grids(section), None)
     return Setup(model, samples, forward, flow, find_blocks(model, flow, targets, blocks), context, masks)

@@ -15,6 +15,7 @@ from ptq_diffusion.features_of_time import TimePath
 from ptqcore import (
     LearnedRounding,
     ModelError,
+    Objective,
     Problem,
     QuantizedTensor,
     QuantSpec,
@@ -66,7 +67,7 @@ def round_together(
         lambda rows: [feature[list(rows)] for feature in wanted.values()],
         list(roundings.values()),
         [],
-        squared_error,
+        _FeatureError(),
         len(timesteps),
     )
     try:
@@ -91,10 +92,15 @@ def rounded_features(
         return way(timesteps)
 
 
-def squared_error(predicted: list[Tensor], target: list[Tensor], _: str) -> Tensor:
+def squared_error(predicted: list[Tensor], target: list[Tensor]) -> Tensor:
     """Σ over features of the squared norm of the difference, mean over timesteps (TFMQ-DM)."""
     errors = [(p - t).square().sum(-1).mean() for p, t in zip(predicted, target, strict=True)]
     return torch.stack(errors).sum()
+
+
+class _FeatureError(Objective):
+    def loss(self, predicted: list[Tensor], target: list[Tensor], samples: Sequence[int]) -> Tensor:
+        return squared_error(predicted, target)
 
 
 def rounded_by_row(x: Tensor, spec: QuantSpec) -> Tensor:

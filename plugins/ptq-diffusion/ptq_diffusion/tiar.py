@@ -206,6 +206,6 @@ class TIAR(TemporalStep):
             losses = round_together(model, way, wanted, roundings, inputs, self._times, schedule, generator)
             learned = {path: rounding.hard() for path, rounding in roundings.items()}
             found = rounded_features(model, way, learned, self._inputs, self._times)
-            error = float(squared_error([found[path] for path in wanted], list(wanted.values()), ""))
+            error = float(squared_error([found[path] for path in wanted], list(wanted.values())))
             if error < least:
                 least, self._learned, self._losses = error, learned, losses
