@@ -1,0 +1,37 @@
+"""Noise that repeats itself without a seam, to be looked up at any place of a plane or a line."""
+
+from functools import lru_cache
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+Field = NDArray[np.float32]
+
+SIDE = 256
+
+
+@lru_cache(maxsize=16)
+def noise_field(roughness: float) -> Field:
+    """Noise [SIDE, SIDE] of unit variance whose amplitude falls as frequency to the power of -roughness."""
+    frequency = np.hypot(np.fft.fftfreq(SIDE)[:, None], np.fft.rfftfreq(SIDE))
+    frequency[0, 0] = np.inf
+    white = np.random.default_rng(0).normal(size=(SIDE, SIDE))
+    noise = np.fft.irfft2(np.fft.rfft2(white) / frequency**roughness, s=(SIDE, SIDE))
+    return (noise / noise.std()).astype(np.float32)
+
+
+def noise_at(x: Field, y: Field, roughness: float) -> Field:
+    """The noise at places [h, w] given in its cells."""
+    return cv2.remap(
+        noise_field(roughness), _wrapped(x), _wrapped(y), cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP
+    )
+
+
+def noise_line(x: Field, start: float, roughness: float) -> Field:
+    """The noise along one line at places [n] given in its cells; start: which line, in cells."""
+    return noise_at(x[None], np.full_like(x, start)[None], roughness)[0]
+
+
+def _wrapped(places: Field) -> Field:
+    return (places - np.floor(places / SIDE) * SIDE).astype(np.float32)
