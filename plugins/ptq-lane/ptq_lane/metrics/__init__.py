@@ -1,0 +1,1 @@
+"""How good the lanes of a detector are, by the rules of the public benchmarks."""
