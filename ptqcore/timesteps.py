@@ -161,21 +161,18 @@ class Timesteps(nn.Module):
 
     def nearest(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest rows of timesteps, of two as near the later, and whether they are theirs."""
-        lower, upper = self._around(wanted)
-        below, above = self.values[lower], self.values[upper]
-        found = torch.where((wanted - below).abs() < (above - wanted).abs(), lower, upper)
-        return found, torch.isclose(wanted, self.values[found], _RELATIVE, _ABSOLUTE)
+        falling = self.values.flip(0)  # the first of equals is taken
+        apart, found = (wanted.unsqueeze(-1) - falling).abs().min(-1)
+        seen = torch.sub(apart, wanted.abs(), alpha=_RELATIVE) <= _ABSOLUTE
+        return len(falling) - 1 - found, seen
 
     def between(self, wanted: Tensor) -> Moment:
         """Which two rows timesteps are between, and how far on; beyond the last row that one."""
-        lower, upper = self._around(wanted)
+        upper = torch.searchsorted(self.values, wanted.contiguous()).clamp(max=len(self.values) - 1)
+        lower = (upper - 1).clamp(min=0)
         below, above = self.values[lower], self.values[upper]
         share = ((wanted - below) / (above - below)).nan_to_num(0.0).clamp(0, 1)
         return Moment(lower, upper, share)
-
-    def _around(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        upper = torch.searchsorted(self.values, wanted.contiguous()).clamp(max=len(self.values) - 1)
-        return (upper - 1).clamp(min=0), upper
 
     @contextmanager
     def accepting(self) -> Iterator[None]:
@@ -236,15 +233,16 @@ class Timesteps(nn.Module):
         if self.unseen == "refuse":
             raise ModelError(
                 f"timestep {timestep:g} is not among those that the model was calibrated for ({known}): "
-                "sample with the calibrated schedule, or give the model ranges for this one "
-                "with add_timesteps"
+                "sample with the calibrated schedule, or give the model ranges for this one with "
+                "add_timesteps, which a model with tables in the place of layers can't have"
             )
         if not self._warned:
             self._warned = True
             used = "the nearest one" if self.unseen == "nearest" else "the two beside it"
             warnings.warn(
                 f"timestep {timestep:g} is not among those that the model was calibrated for ({known}): "
-                f"activations of the timestep alone get ranges of their own, others those of {used}",
+                "activations of the timestep alone get ranges of their own, other activations and tables "
+                f"those of {used}",
                 stacklevel=2,
             )
 

@@ -73,7 +73,7 @@ def test_with_interpolation_too_a_function_of_the_timestep_has_a_range_of_its_ow
     made, _ = calibrated(KNOWN)
     native, its = calibrated([5.5])
     between = Timesteps.of(KNOWN, "t", "interpolate")
-    with pytest.warns(UserWarning, match=r"of their own, others those of the two beside it"):
+    with pytest.warns(UserWarning, match=r"other activations and tables those of the two beside it"):
         between.moment(5.5)
     with between.during(torch.tensor([5.5, 4.0])):
         found = made(torch.cat([value(5.5), value(4.0)]))

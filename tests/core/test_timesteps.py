@@ -41,6 +41,13 @@ def test_others_get_the_nearest(schedule, timestep):
     assert distances[row] <= distances.min() * (1 + 1e-5) + 1e-5
 
 
+def test_of_two_as_near_the_later_is_taken():
+    found = Timesteps.of([0.0, 1.0, 3.0], "t")
+    nearest, seen = found.nearest(torch.tensor([0.5, 2.0, 3.0, -1.0]))
+    assert nearest.tolist() == [1, 2, 2, 0]
+    assert seen.tolist() == [False, False, True, False]
+
+
 def test_between_two_timesteps_ranges_are_between_theirs():
     with pytest.warns(UserWarning, match=r"timestep 301.25 is not among .* \(1 … 801, 4 of them\)"):
         lower, upper, share = rows(301.25, "interpolate")

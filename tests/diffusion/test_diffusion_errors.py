@@ -176,8 +176,8 @@ def test_another_schedule_than_the_calibrated_one_where_that_is_refused(base, qu
             pipeline(num_inference_steps=4)
         assert str(caught.value) == (
             "timestep 750 is not among those that the model was calibrated for (0 … 666, 3 of them): "
-            "sample with the calibrated schedule, or give the model ranges for this one "
-            "(ptq_diffusion.set_schedule)"
+            "sample with the calibrated schedule, or give the model ranges for this one with "
+            "add_timesteps, which a model with tables in the place of layers can't have"
         )
 
 
