@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ptqcore.attention import split_attention as split_attention
     from ptqcore.blocks import Block as Block
     from ptqcore.calibration import Calibration as Calibration
+    from ptqcore.checkpoints import put_weights as put_weights
+    from ptqcore.checkpoints import read_checkpoint as read_checkpoint
     from ptqcore.dataflow import Dataflow as Dataflow
     from ptqcore.dataflow import Op as Op
     from ptqcore.dataflow import tensors_in as tensors_in
@@ -110,6 +112,8 @@ _HOME = {
     "check_globs": "step",
     "attach": "attachments",
     "attachments_of": "attachments",
+    "put_weights": "checkpoints",
+    "read_checkpoint": "checkpoints",
     "weight_rows": "modules",
     "say": "progress",
     "load": "artifact",

@@ -10,14 +10,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ptq_vision.checkpoints import put
 from ptq_vision.openmmlab import checkpoints, evaluation, loading, source
 from ptq_vision.openmmlab.description import describe, parse
 from ptq_vision.openmmlab.evaluation import Boxes
 from ptq_vision.openmmlab.preprocessing import Preprocessing
 from ptq_vision.openmmlab.task_detection import Detection, DetectionOptions
 from ptq_vision.openmmlab.wrap import Network
-from ptqcore import ArtifactError, DataError, ModelError
+from ptqcore import ArtifactError, DataError, ModelError, put_weights
 from ptqcore.audit import never_called
 from ptqcore.dataflow import trace
 
@@ -220,7 +219,7 @@ def test_a_source_makes_the_network_with_the_weights_of_a_checkpoint(tmp_path):
     torch.save({"state_dict": state | {"module.auxiliary_head.x": torch.ones(1)}}, tmp_path / "c.pth")
     found = source.find(FAST_SCNN)
     network = found.structure(None).eval()
-    put(network, found.rename(checkpoints.read(str(tmp_path / "c.pth"))), tmp_path)
+    put_weights(network, found.rename(checkpoints.read(str(tmp_path / "c.pth"))), tmp_path)
     assert same(outputs(network, random_images()), outputs(Network(model), random_images()))
     how = found.preprocess
     assert (how.size, how.order, how.scale, how.mean) == (

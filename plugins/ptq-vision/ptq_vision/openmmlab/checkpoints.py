@@ -4,7 +4,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ptq_vision import checkpoints
+from ptq_vision.harmless import harmless
+from ptqcore import read_checkpoint
 
 _TRAINING_ONLY = "auxiliary_head."
 
@@ -15,7 +16,7 @@ def read(checkpoint: str) -> dict[str, Tensor]:
     Raises:
         ModelError: if the file cannot be read, or holds no state dict.
     """
-    return for_inference(checkpoints.read(Path(checkpoint).expanduser()))
+    return for_inference(read_checkpoint(Path(checkpoint).expanduser(), harmless=harmless()))
 
 
 def for_inference(state: dict[str, Tensor]) -> dict[str, Tensor]:

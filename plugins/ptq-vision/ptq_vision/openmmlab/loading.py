@@ -18,10 +18,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ptq_vision.checkpoints import put
 from ptq_vision.openmmlab import checkpoints, stand_in
 from ptq_vision.openmmlab.description import SCOPES, Description, check_types, for_inference, line
-from ptqcore import ModelError
+from ptqcore import ModelError, put_weights
 
 INSTALL = (
     "pip install 'numpy<2.5' opencv-python-headless; "
@@ -70,7 +69,7 @@ def load(model: str | Description, checkpoint: str | None = None, seed: int = 0)
     """
     built = build(read(model) if isinstance(model, str) else model, seed)
     if checkpoint is not None:
-        put(built, checkpoints.read(checkpoint), Path(checkpoint))
+        put_weights(built, checkpoints.read(checkpoint), Path(checkpoint))
     return built
 
 

@@ -1,0 +1,94 @@
+"""State dicts from files of others: safetensors, or torch's own format read without running any code."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ptqcore.errors import ModelError
+
+_NESTED = ("state_dict", "model", "model_state_dict")
+_WRAPPER = "module."
+_COUNTER = ".num_batches_tracked"
+
+
+def read_checkpoint(
+    path: Path, key: str = "task.checkpoint", harmless: Sequence[Any] = ()
+) -> dict[str, Tensor]:
+    """The state dict of a checkpoint, without a surrounding `state_dict` or `model` or a prefix `module.`.
+
+    Args:
+        path: a .safetensors file, or one that torch.save wrote.
+        key: the recipe key that names it, for errors.
+        harmless: classes that may lie beside tensors, as for `torch.serialization.safe_globals`.
+
+    Raises:
+        ModelError: if there is no such file, or it holds anything else.
+    """
+    label = f"{key} {str(path)!r}"
+    if not path.is_file():
+        raise ModelError(f"{label} is no file: give a .safetensors file, or one that torch.save wrote")
+    try:
+        if path.suffix == ".safetensors":
+            content: Any = load_file(path)
+        else:
+            with torch.serialization.safe_globals(list(harmless)):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ModelError(
+            f"{label} cannot be read as a state dict (a damaged file, or one with more than tensors in "
+            f"it; torch.save(model.state_dict(), file) makes a good one): {_line(error)}"
+        ) from error
+    for name in _NESTED:
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    if not isinstance(content, dict) or not content or not all(map(_is_entry, content.items())):
+        raise ModelError(f"{label} holds no state dict: names and tensors, or those under 'state_dict'")
+    if all(name.startswith(_WRAPPER) for name in content):
+        content = {name.removeprefix(_WRAPPER): tensor for name, tensor in content.items()}
+    return dict(content)
+
+
+def put_weights(
+    model: nn.Module, state: dict[str, Tensor], path: Path, key: str = "task.checkpoint"
+) -> None:
+    """Load a state dict strictly; only the batch counters of batch norms, which decide nothing, may lack.
+
+    Args:
+        model: takes the weights.
+        state: of every parameter and buffer of it.
+        path: where the state comes from, for errors.
+        key: the recipe key that names it, for errors.
+
+    Raises:
+        ModelError: naming the first tensor that is missing, unexpected or of another shape.
+    """
+    own = model.state_dict()
+    state = {name: tensor for name, tensor in own.items() if name.endswith(_COUNTER)} | state
+    missing = [name for name in own if name not in state]
+    unexpected = [name for name in state if name not in own]
+    misshapen = [name for name in own if name in state and state[name].shape != own[name].shape]
+    label = f"{key} {str(path)!r} does not fit the model"
+    if missing or unexpected:
+        kind, names = ("has no tensor", missing) if missing else ("has the unexpected tensor", unexpected)
+        count = len(missing) + len(unexpected)
+        more = f" ({count - 1} more names differ)" if count > 1 else ""
+        raise ModelError(f"{label}: it {kind} {names[0]!r}{more}")
+    if misshapen:
+        name = misshapen[0]
+        raise ModelError(
+            f"{label}: {name!r} has the shape {list(state[name].shape)}, the model {list(own[name].shape)}"
+        )
+    model.load_state_dict(state)
+
+
+def _is_entry(entry: tuple[Any, Any]) -> bool:
+    return isinstance(entry[0], str) and isinstance(entry[1], Tensor)
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:197] + "..."
