@@ -2,14 +2,11 @@
 
 import numpy as np
 from numpy.random import Generator
-from numpy.typing import NDArray
 
 from ptq_lane.lanes import Frame
 from ptq_lane.scenes.camera import Camera
-from ptq_lane.scenes.noise import SIDE, noise_at, noise_line
+from ptq_lane.scenes.noise import SIDE, Field, noise_at, noise_line
 from ptq_lane.scenes.weather import Weather
-
-Field = NDArray[np.float32]
 
 _WOODS = ((0.16, 0.24, 0.12), (0.2, 0.26, 0.16), (0.26, 0.24, 0.14), (0.14, 0.2, 0.16))
 
@@ -34,7 +31,7 @@ def paint_backdrop(
     """The backdrop of an image [3, h, w]."""
     columns, rows = np.arange(frame.width, dtype=np.float32), np.arange(frame.height, dtype=np.float32)
     horizon = camera.horizon(frame, columns).astype(np.float32)
-    bottom = min(int(horizon.max() + 0.05 * frame.height), frame.height)
+    bottom = min(int(horizon.max() + 0.12 * frame.height), frame.height)
     above = (horizon - rows[:bottom, None]) / frame.height
     across = columns / frame.height
     canvas = np.zeros((3, frame.height, frame.width), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""The camera behind the windscreen: where points of the road appear, and what each pixel sees of the ground.
+"""The camera behind the windscreen: where points appear, and what pixels see of the ground.
 
 World: X to the right, Y down, Z ahead, in metres, the camera at the origin, the road's direction at the
 car along Z. The ground lies at Y = height - rise Z² / 2. Pixels: whole numbers are their centres.
@@ -6,15 +6,13 @@ car along Z. The ground lies at Y = height - rise Z² / 2. Pixels: whole numbers
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
 from ptq_lane.lanes import Frame
-
-Numbers = NDArray[np.floating[Any]]
+from ptq_lane.scenes.noise import Field
 
 MOST_SEEN = 250.0
 
@@ -48,7 +46,7 @@ class Camera:
         """Pixels across and down for a point one metre aside or below at one metre ahead."""
         return self.focal * frame.width / 2, self.focal * frame.height
 
-    def project(self, frame: Frame, x: Numbers, y: Numbers, z: Numbers) -> tuple[Numbers, Numbers]:
+    def project(self, frame: Frame, x: Field, y: Field, z: Field) -> tuple[Field, Field]:
         """Where points ahead of the camera appear, across and down, in pixels."""
         across, down, ahead = (row[0] * x + row[1] * y + row[2] * z for row in self.rotation)
         per_x, per_y = self.scale(frame)
@@ -57,7 +55,7 @@ class Camera:
             (frame.height - 1) / 2 + per_y * down / ahead,
         )
 
-    def horizon(self, frame: Frame, columns: Numbers) -> Numbers:
+    def horizon(self, frame: Frame, columns: Field) -> Field:
         """The row of the horizon of a flat world at each column."""
         per_x, per_y = self.scale(frame)
         across, down, ahead = self.rotation[:, 1]
@@ -65,7 +63,7 @@ class Camera:
             across * (columns - (frame.width - 1) / 2) / per_x + ahead
         )
 
-    def ground(self, frame: Frame, rise: float, columns: Numbers, rows: Numbers) -> tuple[Numbers, Numbers]:
+    def ground(self, frame: Frame, rise: float, columns: Field, rows: Field) -> tuple[Field, Field]:
         """X and Z [rows, columns] of the ground that pixels see first, in metres; NaN where they see none
         within MOST_SEEN."""
         per_x, per_y = self.scale(frame)

@@ -8,11 +8,9 @@ from numpy.typing import NDArray
 
 from ptq_lane.lanes import Frame
 from ptq_lane.scenes.camera import Camera
-from ptq_lane.scenes.noise import SIDE, noise_at
+from ptq_lane.scenes.noise import SIDE, Field, noise_at
 from ptq_lane.scenes.road import Line, Road
 from ptq_lane.scenes.weather import Weather, headlight
-
-Field = NDArray[np.float32]
 
 _VERGES = ((0.36, 0.42, 0.22), (0.30, 0.36, 0.2), (0.5, 0.44, 0.33), (0.55, 0.54, 0.52), (0.44, 0.42, 0.4))
 
@@ -39,7 +37,7 @@ class Ground:
 
 def ground_seen(frame: Frame, camera: Camera, road: Road) -> Ground:
     """The ground in an image."""
-    columns, rows = np.arange(frame.width), np.arange(frame.height)
+    columns, rows = np.arange(frame.width, dtype=np.float64), np.arange(frame.height, dtype=np.float64)
     edges = camera.ground(frame, road.rise, np.linspace(0, frame.width - 1, 9), rows)[1]
     top = max(int(np.argmax((~np.isnan(edges)).any(1))) - 2, 0)
     x, z = camera.ground(frame, road.rise, columns, rows[top:])

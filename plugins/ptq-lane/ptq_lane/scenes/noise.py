@@ -1,18 +1,19 @@
 """Noise that repeats itself without a seam, to be looked up at any place of a plane or a line."""
 
 from functools import lru_cache
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-Field = NDArray[np.float32]
+Field = NDArray[np.floating[Any]]
 
 SIDE = 256
 
 
 @lru_cache(maxsize=16)
-def noise_field(roughness: float) -> Field:
+def noise_field(roughness: float) -> NDArray[np.float32]:
     """Noise [SIDE, SIDE] of unit variance whose amplitude falls as frequency to the power of -roughness."""
     frequency = np.hypot(np.fft.fftfreq(SIDE)[:, None], np.fft.rfftfreq(SIDE))
     frequency[0, 0] = np.inf
@@ -23,9 +24,9 @@ def noise_field(roughness: float) -> Field:
 
 def noise_at(x: Field, y: Field, roughness: float) -> Field:
     """The noise at places [h, w] given in its cells."""
-    return cv2.remap(
-        noise_field(roughness), _wrapped(x), _wrapped(y), cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP
-    )
+    at = _wrapped(x), _wrapped(y)
+    noise = cv2.remap(noise_field(roughness), *at, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
+    return np.asarray(noise, np.float32)
 
 
 def noise_line(x: Field, start: float, roughness: float) -> Field:
@@ -33,5 +34,5 @@ def noise_line(x: Field, start: float, roughness: float) -> Field:
     return noise_at(x[None], np.full_like(x, start)[None], roughness)[0]
 
 
-def _wrapped(places: Field) -> Field:
+def _wrapped(places: Field) -> NDArray[np.float32]:
     return (places - np.floor(places / SIDE) * SIDE).astype(np.float32)

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.random import Generator
+from numpy.typing import NDArray
 
 from ptq_lane.lanes import Frame, Lanes
-from ptq_lane.scenes.camera import Camera, Numbers
+from ptq_lane.scenes.camera import Camera
+from ptq_lane.scenes.noise import Field
 
 LABELLED = 55.0
 _SHORTEST = 0.1
@@ -54,12 +56,12 @@ class Road:
     edges: tuple[float, float]
     two_way: bool
 
-    def shift(self, z: Numbers) -> Numbers:
+    def shift(self, z: Field) -> Field:
         """X of the road beyond its offset at Z."""
         c1, c2, c3 = self.bends
         return z * (c1 + z * (c2 / 2 + z * (c3 / 6)))
 
-    def place(self, frame: Frame, camera: Camera, offset: Numbers, up: Numbers, z: Numbers) -> Numbers:
+    def place(self, frame: Frame, camera: Camera, offset: Field, up: Field, z: Field) -> Field:
         """Where points at an offset along the road and a height above it appear [..., 2], in pixels."""
         y = camera.height - self.rise * z * z / 2 - up
         return np.stack(camera.project(frame, offset + self.shift(z), y, z), axis=-1)
@@ -72,7 +74,7 @@ def lanes_of(frame: Frame, camera: Camera, road: Road) -> Lanes:
     z = 1 / np.linspace(1 / min(LABELLED, crest), 1, _PLACES)
     rows, xs, slots = frame.rows, [], []
     for line in road.lines:
-        x, y = road.place(frame, camera, np.float64(line.offset), np.float64(0), z).T
+        x, y = road.place(frame, camera, np.full(_PLACES, line.offset), np.zeros(_PLACES), z).T
         at = np.interp(rows, y, x, left=np.nan, right=np.nan)
         at[~((at >= 0) & (at <= frame.width - 1))] = np.nan
         present = np.flatnonzero(~np.isnan(at))
@@ -111,9 +113,9 @@ def _random_line(
     offset: float,
     dash: tuple[float, float],
     two_way: bool,
-    outer: Numbers,
+    outer: NDArray[np.bool_],
 ) -> Line:
-    """Lines between lanes of one direction are dashed, edges solid; the middle of a two-way road is either."""
+    """Mostly dashed between lanes of one direction and solid at edges."""
     middle = slot == 1 and two_way
     between = (slot == 1 and outer[0]) or (slot == 2 and outer[1])
     kind, shade, doubled = random.random(3)

@@ -47,11 +47,11 @@ class Scenes(Sequence[Scene]):
     """
 
     def __init__(self, count: int, seed: int, series: int = 0, width: int = 192, height: int = 96) -> None:
-        self.count, self.seed, self.series = count, seed, series
+        self._count, self._key = count, (seed, series)
         self.frame = Frame(width, height)
 
     def __len__(self) -> int:
-        return self.count
+        return self._count
 
     @overload
     def __getitem__(self, index: int) -> Scene: ...
@@ -59,10 +59,10 @@ class Scenes(Sequence[Scene]):
     def __getitem__(self, index: slice) -> list[Scene]: ...
     def __getitem__(self, index: int | slice) -> Scene | list[Scene]:
         if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(self.count))]
-        if not -self.count <= index < self.count:
-            raise IndexError(f"scene {index} of {self.count}")
-        random = np.random.default_rng([self.seed, self.series, index % self.count])
+            return [self[number] for number in range(*index.indices(self._count))]
+        if not -self._count <= index < self._count:
+            raise IndexError(f"scene {index} of {self._count}")
+        random = np.random.default_rng([*self._key, index % self._count])
         category = str(random.choice(list(CATEGORIES), p=list(CATEGORIES.values())))
         camera, road = random_camera(random), random_road(random, curved=category == "curve")
         weather = random_weather(random, category)

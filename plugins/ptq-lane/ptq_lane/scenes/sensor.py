@@ -10,13 +10,12 @@ from ptq_lane.scenes.weather import Weather
 
 def recorded(image: NDArray[np.float32], weather: Weather, random: Generator) -> NDArray[np.uint8]:
     """The picture [h, w, 3] of light [h, w, 3]: blur, exposure, noise and JPEG."""
-    height, width = image.shape[:2]
-    sigma = weather.blur * height
+    sigma = weather.blur * len(image)
     if sigma > 0.2:
-        image = cv2.GaussianBlur(image, (0, 0), sigma)
+        image = np.asarray(cv2.GaussianBlur(image, (0, 0), sigma), np.float32)
     black, gain = random.uniform(-0.02, 0.06), random.uniform(0.85, 1.15)
     image = np.float32(black) + np.float32(gain) * image
     image += np.float32(weather.noise) * random.standard_normal(image.shape, dtype=np.float32)
     pixels = (image.clip(0, 1) * 255).round().astype(np.uint8)
     written = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, weather.quality])[1]
-    return np.ascontiguousarray(cv2.imdecode(written, cv2.IMREAD_COLOR)[..., ::-1])
+    return np.ascontiguousarray(np.asarray(cv2.imdecode(written, cv2.IMREAD_COLOR), np.uint8)[..., ::-1])

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.random import Generator
 
+from ptq_lane.scenes.noise import Field
+
 
 @dataclass(frozen=True)
 class Weather:
@@ -61,7 +63,7 @@ def random_weather(random: Generator, category: str) -> Weather:
     )
 
 
-def headlight(x: np.ndarray, z: np.ndarray) -> np.ndarray:
+def headlight(x: Field, z: Field) -> Field:
     """The light of the car's own headlights on the ground at X and Z, 1 at most."""
     spread = np.exp(-np.square(x / (2.5 + 0.22 * z)))
     return spread / (1 + np.square(z / 22)) * np.clip(z / 5, 0.35, 1)
