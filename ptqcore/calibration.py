@@ -23,6 +23,7 @@ from ptqcore.walk import BlockIO
 
 NewObserver = Callable[[TensorQuant], Observer]
 Range = tuple[Tensor, Tensor]
+Weigh = Callable[[Tensor, int], Tensor | None]
 
 
 class _LastCalled(Exception):  # noqa: N818 - a signal that ends a forward pass, not an error
@@ -90,6 +91,7 @@ class Calibration:
         self._masks = masks or [None] * len(io)
         self._grids = grids
         self._new_observer = new_observer
+        self._weigh: Weigh | None = None
         self._weight_ranges: dict[str, Range] = {}
         self._grams: dict[str, Gram] = {}
         self._observers: dict[str, Observer] = {}
@@ -135,6 +137,16 @@ class Calibration:
         if not self._current:
             self._fresh = set(paths)
             self._collect(keep_outputs=False, only=self._fresh)
+
+    def weigh(self, weigh: Weigh) -> None:
+        """Let some values of activations count more than others when ranges are found.
+
+        Args:
+            weigh: what flows at an edge or into a layer, and the number of the sample → the weight of
+                each value, 0 or more, that broadcasts to it; None if all count the same.
+        """
+        self._weigh = weigh
+        self.changed()
 
     def gram(self, path: str) -> Gram | None:
         """The Gram of the inputs of a linear layer; None for other layers, or if no token reached it."""
@@ -233,7 +245,7 @@ class Calibration:
         functions = self.io.functions
         if not self.quantizers and only is None:
             self._edges = {edge: self._new_observer(quant) for edge, quant in self.edges.items()}
-            self.io.functions = {edge: partial(self._observe, edge) for edge in self._edges}
+            self.io.functions = {edge: partial(self._observe, edge, latest) for edge in self._edges}
         try:
             outputs = []
             for sample in range(len(self.io)):
@@ -251,11 +263,18 @@ class Calibration:
                 handle.remove()
             give_freed_memory_back()
 
-    def _observe(self, edge: Edge, x: Tensor) -> Tensor:
+    def _observe(self, edge: Edge, latest: dict[str, Any], x: Tensor) -> Tensor:
         if x.numel():  # experts are called on no tokens too
-            self._edges[edge].update(x)
+            self._update_observer(self._edges[edge], x, latest["sample"])
             self._reached.add(edge)
         return x
+
+    def _update_observer(self, observer: Observer, x: Tensor, sample: int) -> None:
+        weight = None if self._weigh is None else self._weigh(x, sample)
+        if weight is None:
+            observer.update(x)
+        else:
+            observer.update_weighted(x, weight)
 
     def _watch(self, path: str, latest: dict[str, Any]) -> Callable[..., None]:
         quant = self._grids.inputs(path)
@@ -267,7 +286,8 @@ class Calibration:
             if quant is not None and not quant.dynamic:
                 observer = self._observers.get(path) or self._new_observer(quant)
                 linear = isinstance(layer, nn.Linear)
-                observer.update(self.counted(x, latest["sample"]) if linear else x)
+                sample = latest["sample"]
+                self._update_observer(observer, self.counted(x, sample) if linear else x, sample)
                 self._observers[path] = observer
             if isinstance(layer, nn.Linear):
                 self._update_gram(path, x, latest)

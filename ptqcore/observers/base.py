@@ -33,6 +33,17 @@ class Observer(ABC):
     def update(self, x: Tensor) -> None:
         """Take in one tensor: a weight matrix [rows, columns], or activations [..., channels]."""
 
+    def update_weighted(self, x: Tensor, weight: Tensor) -> None:
+        """Take in activations of which some count more than others, for a grid with one range.
+
+        By default those of weight 0 are left out, and all others count the same.
+
+        Args:
+            x: activations [..., channels].
+            weight: of each, 0 or more; broadcasts to x.
+        """
+        self.update(x[(weight > 0).expand_as(x)])
+
     @abstractmethod
     def range(self) -> tuple[Tensor, Tensor]:
         """The range (low, high) for all tensors seen so far.

@@ -22,7 +22,7 @@ class MSEOptions(ObserverOptions):
 
 
 class MSE(SampleObserver):
-    """Minimises mean |x − q(x)|^p over ranges shrunk in equal steps, each scale on its own.
+    """Minimises the (weighted) mean of |x − q(x)|^p over ranges shrunk in equal steps, for each scale.
 
     Both ends shrink together, as in BRECQ's released search (80 steps of 1 %, p = 2.4). The full
     range is always a candidate, so the result is never worse than min-max on the values kept.
@@ -46,13 +46,15 @@ class MSE(SampleObserver):
         row_spec = self.spec.model_copy(
             update={"granularity": "channel", "group_size": None, "dynamic": False}
         )
+        weights = self.weights()
         best_error = torch.full_like(low, torch.inf)
         best_ratio = torch.ones_like(low)
         for step in range(options.candidates):
             ratio = 1 - options.shrink * step / options.candidates
             scale, zero_point = grid.scale_and_zero_point(low * ratio, high * ratio, row_spec)
             error = values - grid.fake_quantize(values, scale, zero_point, row_spec)
-            total = error.abs_().pow_(options.norm).sum(dim=1, keepdim=True)
+            cost = error.abs_().pow_(options.norm)
+            total = (cost if weights is None else cost.mul_(weights)).sum(dim=1, keepdim=True)
             better = total < best_error
             best_error = torch.where(better, total, best_error)
             best_ratio = torch.where(better, ratio, best_ratio)

@@ -17,19 +17,29 @@ class PercentileOptions(ObserverOptions):
 
 
 class Percentile(SampleObserver):
-    """Covers [100 − p, p] percent of the values, linearly interpolated between neighbours."""
+    """Covers [100 − p, p] percent of the values, linearly interpolated between neighbours.
+
+    Of weighted values it is the smallest that has this share of all weights at or below it.
+    """
 
     name = "percentile"
     Options: ClassVar[type[ObserverOptions]] = PercentileOptions
 
     def range(self) -> tuple[Tensor, Tensor]:
-        ordered = self.values().sort(dim=1).values  # NaN comes last
+        ordered, order = self.values().sort(dim=1)  # NaN comes last
         exact_low, exact_high = self.exact_range()
         share: float = self.options.percentile / 100  # type: ignore[attr-defined]
         if share == 1:
             return exact_low, exact_high
-        low = _quantile(ordered, 1 - share).view_as(exact_low)
-        high = _quantile(ordered, share).view_as(exact_low)
+        weights = self.weights()
+        if weights is None:
+            ends = [_quantile(ordered, 1 - share), _quantile(ordered, share)]
+        else:
+            reached = weights.gather(1, order).double().cumsum(dim=1)
+            wanted = [reached[:, -1:] * part for part in (1 - share, share)]
+            last = ordered.shape[1] - 1
+            ends = [ordered.gather(1, torch.searchsorted(reached, x).clamp(max=last)) for x in wanted]
+        low, high = (end.view_as(exact_low) for end in ends)
         return low.clamp(max=0), high.clamp(min=0)
 
 

@@ -104,6 +104,22 @@ def test_without_masks_all_tokens_count():
     assert calibrated([padded()]).gram(LEFT).count == 15
 
 
+def test_values_may_count_differently_for_every_sample():
+    samples = [draw(5, 4), draw(5, 4, seed=2)]
+    asked = []
+
+    def weigh(x, sample):
+        asked.append((tuple(x.shape), sample))
+        return torch.arange(5)[:, None] < 2 if sample else None
+
+    found = calibrated(samples)
+    found.weigh(weigh)
+    low, high = found.observer(LEFT).range()
+    counted = torch.cat([samples[0], samples[1][:2]])
+    assert (float(low), float(high)) == (float(counted.min()), float(counted.max()))
+    assert set(asked) == {((5, 4), 0), ((5, 4), 1), ((5, 6), 0), ((5, 6), 1)}
+
+
 # What changes
 
 

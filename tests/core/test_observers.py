@@ -323,3 +323,48 @@ def test_mse_of_small_half_precision_weights_is_that_of_their_float32_copy(dtype
     expected_low, expected_high = observed(MSE(PER_TENSOR), x.float()).range()
     assert low.item() == pytest.approx(expected_low.item(), rel=0.03)
     assert high.item() == pytest.approx(expected_high.item(), rel=0.03)
+
+
+# Values that count more than others
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_values_of_weight_zero_are_as_if_never_seen(kind):
+    x, weight = heavy_tailed(6, 50), torch.arange(6)[:, None] % 2
+    weighted, others = kind(PER_TENSOR), kind(PER_TENSOR)
+    weighted.update_weighted(x, weight.float())
+    others.update_weighted(x[1::2], torch.ones(()))
+    assert_same_range(weighted, others)
+    if kind is not Percentile:  # which interpolates where all count the same
+        assert_same_range(weighted, observed(kind(PER_TENSOR), x[1::2].flatten()))
+
+
+@pytest.mark.parametrize("kind", [MSE, Percentile])
+def test_a_weight_is_how_often_a_value_was_seen(kind):
+    x = heavy_tailed(40)
+    weight = torch.randint(0, 4, (40,), generator=torch.Generator().manual_seed(1)).float()
+    options = {} if kind is MSE else {"percentile": 90}
+    weighted, one = kind(PER_TENSOR, **options), kind(PER_TENSOR, **options)
+    weighted.update_weighted(x, weight)
+    one.update_weighted(x.repeat_interleave(weight.long()), torch.ones(()))
+    assert_same_range(weighted, one)
+
+
+def test_mse_gives_up_values_that_hardly_count():
+    x = torch.cat([torch.linspace(-1, 1, 200), torch.tensor([5.0])])
+    equal, weighted = observed(MSE(PER_TENSOR), x), MSE(PER_TENSOR)
+    weighted.update_weighted(x, torch.cat([torch.ones(200), torch.tensor([1e-3])]))
+    assert float(weighted.range()[1]) < 1.5 < float(equal.range()[1])
+
+
+def test_weighted_values_are_thinned_and_merged_with_their_weights():
+    x = random(2 * QUARTER * 4)
+    weight = (x > 0).float() + 0.5
+    whole, first, second = (MSE(PER_TENSOR) for _ in range(3))
+    whole.update_weighted(x, weight)
+    first.update_weighted(x[: QUARTER * 4], weight[: QUARTER * 4])
+    second.update_weighted(x[QUARTER * 4 :], weight[QUARTER * 4 :])
+    first.merge(second)
+    assert torch.equal(whole.weights(), first.weights())
+    assert torch.equal(whole.weights() > 1, whole.values() > 0)
+    assert_same_range(whole, first)
