@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from ptqcore.attachments import attach as attach
     from ptqcore.attachments import attachments_of as attachments_of
     from ptqcore.attention import split_attention as split_attention
+    from ptqcore.block_learner import BlockLearner as BlockLearner
+    from ptqcore.block_learner import Phase as Phase
     from ptqcore.blocks import Block as Block
     from ptqcore.calibration import Calibration as Calibration
     from ptqcore.checkpoints import put_weights as put_weights
@@ -38,6 +40,10 @@ if TYPE_CHECKING:
     from ptqcore.files import write_text as write_text
     from ptqcore.fingerprint import digest_of as digest_of
     from ptqcore.folding import relative_difference as relative_difference
+    from ptqcore.learned_rounding import QDrop as QDrop
+    from ptqcore.learned_rounding import QDropOptions as QDropOptions
+    from ptqcore.learned_rounding import Reconstruct as Reconstruct
+    from ptqcore.learned_rounding import ReconstructOptions as ReconstructOptions
     from ptqcore.modules import QuantConv2d as QuantConv2d
     from ptqcore.modules import QuantLinear as QuantLinear
     from ptqcore.modules import QuantModule as QuantModule
@@ -119,6 +125,12 @@ _HOME = {
     "load": "artifact",
     "Structure": "artifact",
     "Block": "blocks",
+    "BlockLearner": "block_learner",
+    "Phase": "block_learner",
+    "QDrop": "learned_rounding",
+    "QDropOptions": "learned_rounding",
+    "Reconstruct": "learned_rounding",
+    "ReconstructOptions": "learned_rounding",
     "BlockIO": "walk",
     "ArtifactError": "errors",
     "DataError": "errors",

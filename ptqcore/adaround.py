@@ -96,7 +96,7 @@ def _problem(
     def target(samples: Sequence[int]) -> list[Tensor]:
         return [after(torch.cat([outputs[sample] for sample in samples]))]
 
-    return Problem(path, len(inputs), predict, target, [rounding], [])
+    return Problem(path, range(len(inputs)), predict, target, [rounding], [])
 
 
 def _clip(op: Op, x: Tensor) -> Tensor:

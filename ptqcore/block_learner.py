@@ -36,6 +36,10 @@ class Phase:
     share: float = 1.0
 
 
+_TENSOR = object()
+_DECIDED = Phase(roundings=True, steps=True, keep=1.0, inputs=1.0)
+
+
 class BlockLearner:
     """Computes a block with learned weights and activation steps, for a `Problem`."""
 
@@ -85,7 +89,22 @@ class BlockLearner:
             edges.applying(block.module, block.path, functions if phase.keep else {}),
         ):
             output = functional_call(block.module, self._parameters(phase), args, kwargs)
+        leaves, self._structure = tree_flatten(output)
+        self._constants = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return [tensor.float() for tensor in tensors_in(output)]
+
+    @torch.no_grad()
+    def rounded(self, samples: Sequence[int]) -> Any:
+        """What the block returns for a batch of samples with every rounding decided."""
+        for rounding in self.roundings.values():
+            rounding.decide()
+        return self.structured(self.predict(_DECIDED, torch.Generator(), samples))
+
+    def structured(self, tensors: Sequence[Tensor]) -> Any:
+        """Output tensors in the form in which the block returns them; it must have been computed once."""
+        given = iter(tensors)
+        leaves = [next(given) if leaf is _TENSOR else leaf for leaf in self._constants]
+        return tree_unflatten(leaves, self._structure)
 
     def target(self, samples: Sequence[int]) -> list[Tensor]:
         """What the full-precision model has there."""

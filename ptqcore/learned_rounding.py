@@ -79,6 +79,10 @@ class Reconstruct(Step):
         """
         return Objective()
 
+    def samples(self, calibration: Calibration) -> Sequence[int]:
+        """The numbers of the calibration samples to learn from; by default all."""
+        return range(len(calibration.io))
+
     def block(self, block: Block, calibration: Calibration) -> None:
         roundings = {
             path: LearnedRounding(weight_rows(layer), self.nearest(path, layer, calibration))
@@ -93,7 +97,7 @@ class Reconstruct(Step):
                 learner.decide()
             problem = Problem(
                 block.path,
-                len(calibration.io),
+                self.samples(calibration),
                 partial(learner.predict, phase, generator),
                 learner.target,
                 list(roundings.values()) if phase.roundings else [],

@@ -71,12 +71,12 @@ class Schedule:
 class Problem:
     """What is reconstructed.
 
-    predict: sample numbers → the block's output tensors with the variables as they now are.
-    target: sample numbers → what they should be. samples: how many there are.
+    samples: the numbers of those to learn from. predict: sample numbers → the block's output tensors
+    with the variables as they now are. target: sample numbers → what they should be.
     """
 
     name: str
-    samples: int
+    samples: Sequence[int]
     predict: Callable[[Sequence[int]], list[Tensor]]
     target: Callable[[Sequence[int]], list[Tensor]]
     roundings: list[LearnedRounding]
@@ -146,10 +146,10 @@ def _cosine(share: float) -> float:
 
 def _accumulate(problem: Problem, batch: int, generator: torch.Generator) -> float:
     """Gradients of the loss of one random batch; the loss."""
-    order = torch.randperm(problem.samples, generator=generator)[:batch].tolist()
+    order = torch.randperm(len(problem.samples), generator=generator)[:batch].tolist()
     total = 0.0
     for start in range(0, len(order), problem.at_once):
-        chosen = order[start : start + problem.at_once]
+        chosen = [problem.samples[place] for place in order[start : start + problem.at_once]]
         loss = problem.objective.loss(problem.predict(chosen), problem.target(chosen), chosen)
         loss = loss * (len(chosen) / len(order))
         if torch.is_grad_enabled():

@@ -38,7 +38,7 @@ def linear_problem(weight, x, at_once=64, **options):
     rounding = rounding_of(weight)
     return Problem(
         "layer",
-        len(x),
+        range(len(x)),
         lambda chosen: [x[chosen] @ rounding.weight.T],
         lambda chosen: [x[chosen] @ weight.T],
         [rounding],
@@ -202,7 +202,7 @@ def test_open_roundings_keep_the_loop_going():
 
 
 def test_nothing_to_learn_takes_no_iteration():
-    problem = Problem("block", 3, lambda _: [], lambda _: [], [], [])
+    problem = Problem("block", range(3), lambda _: [], lambda _: [], [], [])
     reconstruct(problem, schedule(), generator())
     assert problem.history == []
 
@@ -219,7 +219,9 @@ def step_problem(x, high):
     quantizer = FakeQuant(QuantSpec(bits=3, symmetric=False))
     quantizer.set_range(torch.tensor(0.0), torch.tensor(high))
     step = LearnedStep(quantizer)
-    problem = Problem("block", len(x), lambda c: [step(x[c])], lambda c: [x[c]], [], [step], at_once=64)
+    problem = Problem(
+        "block", range(len(x)), lambda c: [step(x[c])], lambda c: [x[c]], [], [step], at_once=64
+    )
     return problem, quantizer
 
 

@@ -62,7 +62,7 @@ def round_together(
 
     problem = Problem(
         "temporal block",
-        len(timesteps),
+        range(len(timesteps)),
         predict,
         lambda rows: [feature[list(rows)] for feature in wanted.values()],
         list(roundings.values()),
