@@ -8,9 +8,10 @@ from numpy.typing import NDArray
 
 from ptq_lane.lanes import Frame
 from ptq_lane.scenes.camera import Camera
+from ptq_lane.scenes.lighting import night_light
 from ptq_lane.scenes.noise import SIDE, Field, noise_at
 from ptq_lane.scenes.road import Line, Road
-from ptq_lane.scenes.weather import Weather, headlight
+from ptq_lane.scenes.weather import Weather
 
 _VERGES = ((0.36, 0.42, 0.22), (0.30, 0.36, 0.2), (0.5, 0.44, 0.33), (0.55, 0.54, 0.52), (0.44, 0.42, 0.4))
 
@@ -59,12 +60,13 @@ def _change(field: Field, axis: int) -> Field:
 def paint_ground(ground: Ground, road: Road, weather: Weather, random: Generator) -> Field:
     """The light that comes from the ground, before haze [3, h, w]."""
     colour = _asphalt(ground, road, random)
+    bright = random.uniform(0.8, 1.0) * (1.3 if weather.night else 1)
     for line in road.lines:
-        _blend(colour, _painted(ground, line, random), line.colour, random.uniform(0.72, 0.95))
+        _blend(colour, _painted(ground, line, random), line.colour, bright)
     _paint_verges(colour, ground, road, random)
     light = weather.light * _unshaded(ground, weather, random)
     if weather.night:
-        light = light + random.uniform(0.5, 0.9) * headlight(ground.x, ground.z)
+        light = light + random.uniform(0.7, 1.2) * night_light(road, ground.offset, ground.z)
     return colour * light
 
 

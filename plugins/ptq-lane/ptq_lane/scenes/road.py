@@ -40,6 +40,21 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Lamps:
+    """A row of lamp posts: offset, Z of the first, distance to the next, height, in metres."""
+
+    offset: float
+    start: float
+    spacing: float
+    height: float
+
+    @property
+    def places(self) -> list[float]:
+        """Z of each, as far as any matters."""
+        return [float(z) for z in np.arange(self.start, 150, self.spacing)]
+
+
+@dataclass(frozen=True)
 class Road:
     """A road around the car.
 
@@ -48,6 +63,7 @@ class Road:
     lines: left to right.
     edges: where the asphalt ends, left and right, as offsets in metres.
     two_way: vehicles left of the car come towards it.
+    lamps: posts along one edge, if any.
     """
 
     bends: tuple[float, float, float]
@@ -55,6 +71,7 @@ class Road:
     lines: tuple[Line, ...]
     edges: tuple[float, float]
     two_way: bool
+    lamps: Lamps | None
 
     def shift(self, z: Field) -> Field:
         """X of the road beyond its offset at Z."""
@@ -100,11 +117,12 @@ def random_road(random: Generator, curved: bool) -> Road:
         if slot in (1, 2) or outer[slot // 2]:
             lines.append(line)
     beyond = random.uniform(0.3, 2.5, 2)
-    left_edge = left - width * (outer[0] or two_way) - beyond[0]
-    right_edge = left + width * (1 + outer[1]) + beyond[1]
-    return Road(
-        _random_bends(random, curved), _random_rise(random), tuple(lines), (left_edge, right_edge), two_way
+    edges = (
+        float(left - width * (outer[0] or two_way) - beyond[0]),
+        float(left + width * (1 + outer[1]) + beyond[1]),
     )
+    bends, rise, lamps = _random_bends(random, curved), _random_rise(random), _random_lamps(random, edges)
+    return Road(bends, rise, tuple(lines), edges, two_way, lamps)
 
 
 def _random_line(
@@ -123,7 +141,7 @@ def _random_line(
     start = random.uniform(0, dash[0])
     yellow = kind < 0.7 if middle else slot < 2 and not between and shade < 0.25
     width = random.uniform(0.12, 0.2)
-    wear = random.beta(1.2, 2.5)
+    wear = 0.75 * random.beta(1.2, 3)
     double = middle and not dashed and doubled < 0.6
     return Line(
         slot,
@@ -132,7 +150,7 @@ def _random_line(
         gap=width if double else 0.0,
         colour=YELLOW if yellow else WHITE,
         dash=(*dash, start) if dashed else None,
-        wear=0.8 * wear,
+        wear=wear,
     )
 
 
@@ -153,3 +171,11 @@ def _random_rise(random: Generator) -> float:
     """Level in half of the roads, else a dip or a crest."""
     rise = random.uniform(-1 / 1400, 1 / 1000)
     return rise if random.random() < 0.5 else 0.0
+
+
+def _random_lamps(random: Generator, edges: tuple[float, float]) -> Lamps | None:
+    """Lamp posts in half of the scenes."""
+    side, shown = random.integers(2), random.random()
+    offset = edges[side] + (0.7 if side else -0.7)
+    lamps = Lamps(offset, random.uniform(5, 30), random.uniform(22, 40), random.uniform(6, 10))
+    return lamps if shown < 0.5 else None

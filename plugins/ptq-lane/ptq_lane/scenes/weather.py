@@ -2,10 +2,7 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 from numpy.random import Generator
-
-from ptq_lane.scenes.noise import Field
 
 
 @dataclass(frozen=True)
@@ -48,22 +45,16 @@ def random_weather(random: Generator, category: str) -> Weather:
     shade = random.uniform(0.45, 0.75) if shadowed else random.uniform(0, 0.35)
     warmth = random.normal(0, 0.04)
     return Weather(
-        light=random.uniform(0.05, 0.2) if night else random.uniform(0.65, 1.05),
+        light=random.uniform(0.06, 0.22) if night else random.uniform(0.75, 1.15) + 0.1 * shadowed,
         tint=(1 + warmth, 1.0, 1 - warmth),
         night=night,
         shade=0.0 if night or rainy else shade,
-        clouds=1.0 if rainy else clouds,
+        clouds=1.0 if rainy else 0.6 * clouds if shadowed else clouds,
         wet=mirror * (0.5 if rainy else 0.15 if night else 0.05),
         haze=random.uniform(1 / 150, 1 / 60) if rainy else random.uniform(1 / 2000, 1 / 250),
         glare=random.uniform(0.5, 1.0) if dazzled else 0.0,
         vehicles=int(random.integers(4, 11) if category == "crowd" else random.integers(0, 4)),
-        blur=random.uniform(0.003, 0.009) if rainy else random.uniform(0.0015, 0.006),
+        blur=random.uniform(0.002, 0.007) if rainy else random.uniform(0.0008, 0.004),
         noise=random.uniform(0.015, 0.045) if night else random.uniform(0.003, 0.02),
         quality=int(random.integers(40, 96)),
     )
-
-
-def headlight(x: Field, z: Field) -> Field:
-    """The light of the car's own headlights on the ground at X and Z, 1 at most."""
-    spread = np.exp(-np.square(x / (2.5 + 0.22 * z)))
-    return spread / (1 + np.square(z / 22)) * np.clip(z / 5, 0.35, 1)
