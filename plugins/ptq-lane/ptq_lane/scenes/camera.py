@@ -48,7 +48,7 @@ class Camera:
 
     def project(self, frame: Frame, x: Field, y: Field, z: Field) -> tuple[Field, Field]:
         """Where points ahead of the camera appear, across and down, in pixels."""
-        across, down, ahead = (row[0] * x + row[1] * y + row[2] * z for row in self.rotation)
+        across, down, ahead = (a * x + b * y + c * z for a, b, c in self.rotation.tolist())
         per_x, per_y = self.scale(frame)
         return (
             (frame.width - 1) / 2 + per_x * across / ahead,

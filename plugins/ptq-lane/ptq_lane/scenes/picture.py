@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 from ptq_lane.lanes import Frame
 from ptq_lane.scenes.backdrop import paint_backdrop, sky_colours
 from ptq_lane.scenes.camera import Camera
-from ptq_lane.scenes.ground import ground_seen, paint_ground
+from ptq_lane.scenes.ground import ground_seen
 from ptq_lane.scenes.lighting import add_glow
 from ptq_lane.scenes.noise import Field
 from ptq_lane.scenes.road import Road
 from ptq_lane.scenes.roadside import random_roadside
 from ptq_lane.scenes.sensor import recorded
 from ptq_lane.scenes.stage import Stage
+from ptq_lane.scenes.surface import paint_surface
 from ptq_lane.scenes.vehicles import paint_vehicle, random_vehicles
 from ptq_lane.scenes.weather import Weather
 
@@ -45,7 +46,7 @@ def _lay_ground(
 ) -> None:
     """Paint the ground over a backdrop [3, h, w] through the haze, a mirror where wet, in place."""
     ground = ground_seen(frame, camera, road)
-    colours = paint_ground(ground, road, weather, random)
+    colours = paint_surface(ground, road, weather, random)
     veil = np.maximum(
         1 - np.exp(np.float32(-weather.haze) * ground.z),
         np.float32(weather.wet) * np.clip(ground.z / 30, 0, 1),
@@ -74,7 +75,7 @@ def _dazzle(
     image *= np.float32(1 - 0.35 * weather.glare)
     for reach, strength in ((0.035, 1.6), (0.12, 0.6), (0.6, 0.45)):
         add_glow(image, column, horizon - above * height, reach * height, strength * light)
-    aside = np.abs(np.arange(frame.width, dtype=np.float32) - np.float32(column)) / height
+    aside = np.abs(np.arange(frame.width, dtype=np.float32) - np.float32(column)) * 2 / frame.width
     below = (np.arange(height, dtype=np.float32)[:, None] - np.float32(horizon)) / height
     streak = np.exp(-aside / np.float32(0.07) - 3 * np.clip(below, 0, 1)) * np.clip(below * 20, 0, 1)
     image += streak[..., None] * (0.35 * light).astype(np.float32)
