@@ -77,8 +77,10 @@ def match(
 ) -> dict[float, Counts]:
     """The same for lanes that are drawn already: each is paired with one other at most, such that the
     intersections over union of all pairs sum up to the most."""
-    overlaps = np.array([[_overlap(left, right) for right in labelled] for left in found])
-    overlaps = overlaps.reshape(len(found), len(labelled))
+    both = np.array([_shared(left, right) for left in found for right in labelled], dtype=np.float64)
+    both = both.reshape(len(found), len(labelled))
+    either = np.add.outer(_areas(found), _areas(labelled)) - both
+    overlaps = both / np.maximum(either, 1)
     paired = overlaps[linear_sum_assignment(overlaps, maximize=True)]
     hits = {threshold: int(np.count_nonzero(paired > threshold)) for threshold in thresholds}
     return {threshold: Counts(tp, len(found) - tp, len(labelled) - tp) for threshold, tp in hits.items()}
@@ -155,12 +157,13 @@ def _spline(points: Numbers) -> Numbers:
     return np.concatenate([curve.reshape(-1, 2), points[-1:]])
 
 
-def _overlap(left: Band, right: Band) -> float:
-    """Intersection over union."""
-    first, second = _common(left, right), _common(right, left)
-    both = np.count_nonzero(first & second)
-    either = np.count_nonzero(left.pixels) + np.count_nonzero(right.pixels) - both
-    return both / either if either else 0.0
+def _areas(bands: Sequence[Band]) -> Numbers:
+    return np.array([np.count_nonzero(band.pixels) for band in bands], dtype=np.float64)
+
+
+def _shared(left: Band, right: Band) -> int:
+    """The number of pixels that two bands share."""
+    return int(np.count_nonzero(_common(left, right) & _common(right, left)))
 
 
 def _common(band: Band, other: Band) -> NDArray[np.bool_]:
