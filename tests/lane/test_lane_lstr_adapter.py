@@ -182,5 +182,5 @@ def test_nothing_is_infinite_at_the_horizon():
 
 
 def test_unknown_variant_is_refused():
-    with pytest.raises(ModelError, match="no variant 'llamas'; known: culane, tusimple"):
+    with pytest.raises(ModelError, match="'llamas': LSTR has no such variant; known: culane, tusimple"):
         LSTRAdapter(FRAME, "llamas")

@@ -6,7 +6,7 @@ import torch
 from published_lstr import published, random_state, wave
 from torch import nn
 
-from ptq_lane.lstr import LSTR, load, prepare
+from ptq_lane.lstr import LSTR, load
 from ptq_lane.lstr.transformer import Attention, DecoderLayer, EncoderLayer, sine_positions
 from ptqcore import trace
 
@@ -135,13 +135,3 @@ def test_every_weight_belongs_to_a_layer_that_is_called():
         ("", "mean"),
         ("specific_head", "linear"),
     ]
-
-
-def test_images_are_prepared_blue_first_and_normalised():
-    image = np.zeros((4, 6, 3), np.uint8)
-    image[..., 0], image[..., 2] = 255, 51  # red 1, green 0, blue 0.2
-    prepared = prepare(image, (2, 3))
-    assert prepared.shape == (3, 2, 3)
-    assert prepared[:, 0, 0].tolist() == pytest.approx(
-        [(0.2 - 0.40789654) / 0.28863828, -0.44719302 / 0.27408164, (1 - 0.47026115) / 0.27809835], rel=1e-5
-    )

@@ -8,25 +8,25 @@ import numpy as np
 import pytest
 import torch
 
+from ptq_lane.detectors import find
 from ptq_lane.lanes import Frame
-from ptq_lane.lstr import LSTRAdapter, load, prepare
 
 DATA = os.environ.get("PTQ_LANE_DATA")
 pytestmark = pytest.mark.skipif(DATA is None, reason="PTQ_LANE_DATA names no folder of real data")
 FOLDER = Path(DATA or ".")
+DETECTOR = find("lstr", "tusimple")
 
 
 @pytest.fixture(scope="module")
 def network():
-    path = FOLDER / "lstr_tusimple.pkl"
-    return load("tusimple", torch.load(path, map_location="cpu", weights_only=True), path)
+    return DETECTOR.load(FOLDER / "lstr_tusimple.pkl")
 
 
 def lanes_of(network, path):
     image = np.ascontiguousarray(cv2.imread(str(path))[:, :, ::-1])
     with torch.no_grad():
-        outputs = network(prepare(image, (360, 640))[None])
-    (lanes,) = LSTRAdapter(Frame(image.shape[1], image.shape[0])).decode(outputs)
+        outputs = network(DETECTOR.preprocess.prepare(image)[None])
+    (lanes,) = DETECTOR.adapter(Frame(image.shape[1], image.shape[0])).decode(outputs)
     return lanes
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ptq_lane.lstr.network import LSTR
 from ptq_lane.lstr.variants import VARIANTS, find_variant
-from ptqcore import ModelError
+from ptqcore import ModelError, put_weights
 
 _COUNTERS = ("total_ops", "total_params", "num_batches_tracked")
 """Written by a profiler and by batch norms in training; they decide nothing."""
@@ -43,17 +43,17 @@ def load(variant: str, state: Mapping[str, Tensor], path: Path) -> nn.Module:
             network.
     """
     found = find_variant(variant)
-    label = f"the checkpoint {str(path)!r}"
+    label = f"task.checkpoint {str(path)!r}"
     bare = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     given = {name: tensor for name, tensor in bare.items() if not name.endswith(_COUNTERS)}
     if _CLASSES not in given:
         raise ModelError(
             f"{label} is not one of LSTR: it has no tensor {_CLASSES!r}, and its first is "
-            f"{next(iter(given), None)!r}; choose the model that it was trained as"
+            f"{next(iter(given), None)!r}; set task.family to what it was trained as"
         )
     _check_classes(given[_CLASSES], found.name, label)
     network = LSTR(found.classes)
-    _put(network, _ours(given), label)
+    put_weights(network, _ours(given), path)
     return network.eval()
 
 
@@ -65,7 +65,7 @@ def _check_classes(weight: Tensor, variant: str, label: str) -> None:
     known = ", ".join(f"{other.name} {other.classes}" for other in VARIANTS.values())
     raise ModelError(
         f"{label} looks like the variant {fitting[0]!r} of LSTR, not {variant!r}: it tells {classes} "
-        f"classes apart; set the variant to {fitting[0]!r}"
+        f"classes apart; set task.variant to {fitting[0]}"
         if fitting
         else f"{label} tells {classes} classes apart, which no variant of LSTR does ({known})"
     )
@@ -87,25 +87,3 @@ def _ours(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             ours[name] = tensor
     return ours
-
-
-def _put(network: LSTR, state: dict[str, Tensor], label: str) -> None:
-    own = network.state_dict()
-    state |= {name: tensor for name, tensor in own.items() if name.endswith(_COUNTERS)}
-    missing = sorted(own.keys() - state.keys())
-    unexpected = sorted(state.keys() - own.keys())
-    problem = ""
-    if missing or unexpected:
-        kind, names = ("nothing for", missing) if missing else ("the unexpected tensor", unexpected)
-        problem = f"it has {kind} {names[0]!r} ({len(missing) + len(unexpected)} names differ)"
-    else:
-        for name, tensor in own.items():
-            if state[name].shape != tensor.shape:
-                problem = f"{name!r} is {list(state[name].shape)}, here {list(tensor.shape)}"
-                break
-    if problem:
-        raise ModelError(
-            f"{label} looks like an LSTR of other sizes than the published ones: {problem}; build that "
-            "network yourself and quantize it with the adapter for LSTR"
-        )
-    network.load_state_dict(state)

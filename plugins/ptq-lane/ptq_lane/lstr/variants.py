@@ -2,12 +2,6 @@
 
 from dataclasses import dataclass
 
-import cv2
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-
 from ptqcore import ModelError, nearest
 
 MEAN = (0.40789654, 0.44719302, 0.47026115)
@@ -46,13 +40,5 @@ def find_variant(name: str) -> Variant:
         ModelError: if there is none.
     """
     if name not in VARIANTS:
-        raise ModelError(f"LSTR has no variant {name!r}{nearest(name, VARIANTS)}")
+        raise ModelError(f"task.variant {name!r}: LSTR has no such variant{nearest(name, VARIANTS)}")
     return VARIANTS[name]
-
-
-def prepare(image: NDArray[np.uint8], size: tuple[int, int]) -> Tensor:
-    """An image [height, width, 3] (RGB) as LSTR takes it: [3, *size], blue first, normalised."""
-    height, width = size
-    resized = cv2.resize(image[:, :, ::-1], (width, height)).astype(np.float32) / 255
-    normalised = (resized - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
-    return torch.from_numpy(normalised.transpose(2, 0, 1).copy())
