@@ -61,6 +61,11 @@ class Vehicle:
         """How high the windows begin, in metres."""
         return 0.6 * self.height
 
+    @property
+    def slope(self) -> float:
+        """How far the near window leans away, as a share of the length."""
+        return 0.1 if self.deck else 0.03
+
 
 def random_vehicles(random: Generator, road: Road, most: int) -> list[Vehicle]:
     """Up to so many vehicles in the lanes around the car, none overlapping another."""
@@ -123,8 +128,7 @@ def _paint_side(stage: Stage, vehicle: Vehicle, offset: float) -> None:
         inwards = np.sign(vehicle.offset - offset) * vehicle.width * (1 - vehicle.cabin) / 2
         across = offset + inwards * np.array([0, 1, 1, 0])
         up = np.array([top, tall, tall, top])
-        slope = 0.1 if vehicle.oncoming or vehicle.deck else 0.03
-        along = near + length * np.array([vehicle.deck, vehicle.deck + slope, 0.68, 0.8])
+        along = near + length * np.array([vehicle.deck, vehicle.deck + vehicle.slope, 0.68, 0.8])
         stage.fill(stage.place(across, up, along), paint)
         up, along = (
             part.mean() + share * (part - part.mean()) for part, share in ((up, 0.7), (along, 0.85))
@@ -141,7 +145,7 @@ def _paint_side(stage: Stage, vehicle: Vehicle, offset: float) -> None:
 def _paint_car_end(stage: Stage, vehicle: Vehicle) -> None:
     paint, belt, tall = vehicle.paint, vehicle.belt, vehicle.height
     window = vehicle.z + vehicle.deck * vehicle.length
-    roof = window + 0.03 * vehicle.length
+    roof = window + vehicle.slope * vehicle.length
     _pair(stage, vehicle, (0.68, 0.96), (0, 0.4), _RUBBER)
     _bar(stage, vehicle, (belt, tall), (1, vehicle.cabin), (window, roof), 0.9 * paint)
     glass = (belt + 0.04, tall - 0.07), (0.9, vehicle.cabin - 0.06)
