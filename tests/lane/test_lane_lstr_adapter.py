@@ -181,6 +181,11 @@ def test_nothing_is_infinite_at_the_horizon():
     assert np.isfinite(decoded(found).x).all()
 
 
+@pytest.mark.parametrize("broken", [float("inf"), float("nan")])
+def test_curve_that_is_no_number_is_no_lane(broken):
+    assert len(decoded(outputs([1], shared=(broken, -1.0, 0.0, 0.0)))) == 0
+
+
 def test_unknown_variant_is_refused():
     with pytest.raises(ModelError, match="'llamas': LSTR has no such variant; known: culane, tusimple"):
         LSTRAdapter(FRAME, "llamas")
