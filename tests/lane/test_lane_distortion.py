@@ -89,11 +89,12 @@ def test_nothing_against_something_is_the_cap():
     assert lane_distortion(straight(), straight(40, rows=slice(3)), CAP) == CAP
 
 
-def test_slots_decide_who_belongs_together():
+def test_slots_decide_who_belongs_together_where_they_can():
     left, right = straight(10, 12, slots=[0, 1]), straight(12, 10, slots=[0, 1])
     assert lane_distortion(left, right, CAP) == 2
     assert lane_distortion(left, Lanes(ROWS, right.x), CAP) == 0
-    assert lane_distortion(straight(10, slots=[0]), straight(10, slots=[1]), CAP) == CAP
+    moved_on = straight(12, 11, slots=[0, 2])  # 0 stays a partner of 0, 2 becomes that of 1
+    assert lane_distortion(left, moved_on, CAP) == 1.5
 
 
 def test_lanes_at_different_rows_are_refused():

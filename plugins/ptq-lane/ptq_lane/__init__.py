@@ -14,7 +14,16 @@ _HOME = {"Adapter": "adapter", "Frame": "lanes", "Lanes": "lanes"}
 
 __all__ = [*_HOME, "plugin"]
 
-plugin = Plugin(name="lane")
+plugin = Plugin(
+    name="lane",
+    tasks={"lanes": "ptq_lane.lane_task:LaneTask"},
+    steps={
+        "focus-ranges": "ptq_lane.focus_ranges:FocusRanges",
+        "selective-focus": "ptq_lane.selective_focus:SelectiveFocus",
+    },
+    recipes="ptq_lane/recipes",
+    default_recipe="w4a4",
+)
 
 
 def __getattr__(name: str) -> Any:

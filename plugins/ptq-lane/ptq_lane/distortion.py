@@ -6,7 +6,7 @@ points that only one side has; the formula is ours.
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+from scipy.optimize import linear_sum_assignment
 
 from ptq_lane.lanes import Frame, Lanes, Numbers
 
@@ -23,7 +23,8 @@ def lane_distortion(reference: Lanes, found: Lanes, cap: float) -> float:
 
     A row of a pair of lanes costs the distance of its two points, at most `cap`, and `cap` where only one
     of them is present; so does every row of a lane without partner. Lanes of the same slot are partners;
-    where a side has no slots, those of the smallest total of mean distances (Hungarian method).
+    the others find theirs by the smallest total of mean distances (Hungarian method), for a lane that has
+    moved on to the next anchor has not moved in the image.
 
     Args:
         reference, found: lanes of one image at the same rows.
@@ -52,14 +53,22 @@ def _pairs(left: Numbers, right: Numbers, cap: float) -> tuple[Numbers, Indices]
 
 
 def _partners(reference: Lanes, found: Lanes, distance: Numbers) -> tuple[Indices, Indices]:
+    """The places of partners on both sides: those of one slot, then what is left by its distances."""
+    left = right = np.zeros(0, np.int64)
     if reference.slots is not None and found.slots is not None:
-        return np.intersect1d(reference.slots, found.slots, assume_unique=True, return_indices=True)[1:]
+        _, left, right = np.intersect1d(
+            reference.slots, found.slots, assume_unique=True, return_indices=True
+        )
+    others = np.setdiff1d(np.arange(len(reference)), left), np.setdiff1d(np.arange(len(found)), right)
+    more = _assigned(reference.x[others[0]], found.x[others[1]], distance[np.ix_(*others)])
+    return np.append(left, others[0][more[0]]), np.append(right, others[1][more[1]])
+
+
+def _assigned(left: Numbers, right: Numbers, distance: Numbers) -> tuple[Indices, Indices]:
     # Equal totals may pair differently by the order of the sides; a fixed order keeps the score symmetric.
-    if reference.x.tobytes() > found.x.tobytes():
-        right, left = linear_sum_assignment(distance.T)
-        return left, right
-    left, right = linear_sum_assignment(distance)
-    return left, right
+    if left.tobytes() > right.tobytes():
+        return linear_sum_assignment(distance.T)[::-1]
+    return linear_sum_assignment(distance)
 
 
 def _present(x: Numbers) -> int:

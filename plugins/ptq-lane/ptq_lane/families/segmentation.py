@@ -57,7 +57,7 @@ class Segmentation(Adapter):
         """Softmax, blur, and in every 30th or so of the height the column of the largest probability."""
         heads = self.heads(outputs)
         height, width = heads["lanes"].shape[-2:]
-        sampled = np.round(np.arange(height - 1, -0.5, -max(1, height * _ROW_STEP))).astype(int)
+        sampled = np.arange(height - 1, -1, -max(1, int(height * _ROW_STEP)))[::-1].copy()
         kernel = 2 * round((width * _BLUR - 1) / 2) + 1
         probabilities = F.avg_pool2d(
             heads["lanes"].softmax(1)[:, 1:], kernel, 1, kernel // 2, count_include_pad=False

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import solve_banded  # type: ignore[import-untyped]
-from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+from scipy.linalg import solve_banded
+from scipy.optimize import linear_sum_assignment
 
 from ptq_lane.lanes import Frame, Numbers
 

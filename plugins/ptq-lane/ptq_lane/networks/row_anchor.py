@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from ptq_lane.networks.backbone import STRIDE, Backbone, ConvNormAct
 
 _REDUCED = 4
-_HIDDEN = 48
+_HIDDEN = 40
 
 
 class RowAnchorNet(nn.Module):
@@ -15,7 +15,7 @@ class RowAnchorNet(nn.Module):
     """
 
     def __init__(
-        self, cells: int = 24, anchors: int = 12, slots: int = 4, height: int = 96, width: int = 192
+        self, cells: int = 32, anchors: int = 18, slots: int = 4, height: int = 96, width: int = 192
     ) -> None:
         """Args:
         cells: across the width.
