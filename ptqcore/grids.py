@@ -43,6 +43,18 @@ class Grids:
         found = self._at(path in self.ends, self.quant.activations)
         return self._for_each_timestep(found, {path}) if path in self.by_timestep else found
 
+    def exceptions(self, paths: Iterable[str]) -> dict[str, str]:
+        """Those of some layers whose width is not that of the recipe, and why: path → text."""
+        quant, at_ends = self.quant, self.quant.first_last_bits
+        usual = {one.bits for one in (quant.weights, quant.activations) if one is not None}
+        found = {}
+        for path in paths:
+            if self.bits.get(path, quant.weights.bits) != quant.weights.bits:
+                found[path] = f"weights of {self.bits[path]} bits, as a step chose"
+            elif path in self.ends and at_ends is not None and usual != {at_ends}:
+                found[path] = f"{at_ends} bits, as a first or last layer (quant.first_last_bits)"
+        return found
+
     def range_for_each_timestep(self, paths: Iterable[str], of_timestep: Iterable[str] = ()) -> None:
         """Give what flows into these layers a range for each timestep, in the scope `dataflow` wherever
         that is rounded, and what other modules multiply or add; dynamic grids stay as they are.

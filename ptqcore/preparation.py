@@ -39,10 +39,11 @@ class Prepared:
     timesteps: Timesteps | None = None
 
     def map(self) -> FlowMap:
-        """The map of the model, as long as it is in full precision."""
+        """The map of the model, as long as it is in full precision, with the grids as they now are."""
         targets = {path for block in self.blocks for path in self.context.targets(block)}
         alone = audit.left_alone(self.model, self.context)
-        alone = {path: reason for path, reason in alone.items() if path not in targets}
+        known = targets | self.context.grids.tables
+        alone = {path: reason for path, reason in alone.items() if path not in known}
         return map_network(self.model, self.flow, self.blocks, self.context.grids, self.folding, alone)
 
 

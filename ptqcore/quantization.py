@@ -61,6 +61,7 @@ class Quantization:
         with self.meter.phase("prepare", self.record.phases):
             for step in steps:
                 step.prepare(model, self.prepared.flow, partial(self.task.forward, model, samples[0]))
+            self.record.map = self.prepared.map()
         check_exports(self.plan, self.prepared, steps)
         quantizers = ActivationQuantizers({edge: q.spec for edge, q in context.grids.edges.items()})
         with self.meter.phase("capture", self.record.phases):
@@ -75,6 +76,7 @@ class Quantization:
         audit.check_done(walk.blocks, context)
         self.record.coverage = audit.check_coverage(walk.blocks, context, self.task.least_coverage)
         self.record.skipped = audit.left_alone(model, context)
+        self.record.exceptions = context.grids.exceptions(layer.path for layer in self.record.layers)
         self._attach(quantizers)
 
     def _attach(self, quantizers: ActivationQuantizers) -> None:

@@ -120,7 +120,6 @@ class _Run:
                 raise DataError("the task gave no calibration samples: give it at least one")
         with self.phase("trace"):
             self.prepared = prepare(self.plan, task, model, samples)
-            self.record.map = self.prepared.map()
         with self.phase("metrics before"):
             self.record.before = self._measure("full precision")
         self.marks = fingerprint(self.record.recipe_yaml, self.record.versions, model, samples)
@@ -172,7 +171,7 @@ class _Run:
         staging = files.folder(self.work / "artifact", empty=True)
         with self.phase("metrics after"):
             record.after = self._measure("quantized")
-            record.figures = self.task.figures()
+            record.figures, record.facts = self.task.figures(), self.task.facts()
         with self.phase("save and load back"):
             self._save(model, staging)
         with self.phase("export and read back"):

@@ -84,6 +84,11 @@ class Task(ABC):
         """
         return ()
 
+    def facts(self) -> Mapping[str, int | float | str]:
+        """What else a reader of the report should know of the data, by name: how much of it there was, what
+        it cost. Called once, after the last `evaluate`; `metrics.json` holds it too."""
+        return {}
+
     @abstractmethod
     def save_assets(self, folder: Path) -> None:
         """Write what `build` needs (a configuration; never weights), and what users want beside it."""

@@ -50,6 +50,7 @@ def render(record: RunRecord) -> str:
             record=record,
             cards=_cards(record),
             metrics=_metrics(record),
+            facts={name: _fact(value) for name, value in record.facts.items()},
             results=[(figure.title, figure.draw()) for figure in record.figures],
             layer_charts=_layer_charts(record.layers),
             block_charts=_block_charts(record.blocks),
@@ -133,6 +134,12 @@ def change(before: float | None, after: float | None) -> str:
 
 def _optional_number(value: float | None) -> str:
     return MISSING if value is None else number(value)
+
+
+def _fact(value: int | float | str) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, int) else number(value)
 
 
 def _percent(share: float | None) -> str:

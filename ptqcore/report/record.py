@@ -1,6 +1,6 @@
 """What a run leaves behind for its metrics file and its report."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -126,7 +126,9 @@ class RunRecord:
     before, baseline, after: the metrics of the model in full precision, of the naive baseline (empty
     without one), and of the quantized model. coverage: share of the weights inside the blocks that were
     quantized.
-    figures: what the task shows of its results; in the report alone.
+    figures: what the task shows of its results; in the report alone. facts: what it says of its data.
+    exceptions: quantized layer → how its grid differs from the recipe's. skipped: layer → why it was not
+    quantized.
     """
 
     plugin: str
@@ -136,6 +138,7 @@ class RunRecord:
     baseline: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
     figures: Sequence[Curves | Pictures] = ()
+    facts: Mapping[str, int | float | str] = field(default_factory=dict)
     size_bytes: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     peak_memory_bytes: int = 0
@@ -143,6 +146,7 @@ class RunRecord:
     layers: list[LayerRecord] = field(default_factory=list)
     blocks: list[BlockRecord] = field(default_factory=list)
     activations: list[ActivationRecord] = field(default_factory=list)
+    exceptions: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     coverage: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
@@ -159,6 +163,7 @@ class RunRecord:
             "before": self.before,
             **({"baseline": self.baseline} if self.baseline else {}),
             "after": self.after,
+            **({"facts": dict(self.facts)} if self.facts else {}),
             "size_bytes": self.size_bytes,
             "coverage": self.coverage,
             "seconds": self.seconds,

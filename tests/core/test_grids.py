@@ -68,6 +68,22 @@ def test_first_and_last_layers_have_weights_of_their_own_bits():
     assert grids.weights("left").granularity == "channel"
 
 
+def test_layers_of_another_width_than_the_recipes_are_exceptions_with_a_reason():
+    layers = list(quantizable_layers(Net()))
+    grids = grids_of(first_last_bits=8)
+    grids.bits["body"], grids.bits["tail"] = 6, 3
+    at_ends = "8 bits, as a first or last layer (quant.first_last_bits)"
+    assert grids.exceptions(layers) == {
+        "left": at_ends,
+        "right": at_ends,
+        "body": "weights of 6 bits, as a step chose",
+        "scores": at_ends,
+        "boxes": at_ends,
+    }
+    assert grids.exceptions(["tail"]) == {}
+    assert grids_of().exceptions(layers) == {}
+
+
 def test_what_flows_in_and_out_of_them_has_those_bits_too():
     edges = {str(edge): quant.bits for edge, quant in grids_of(first_last_bits=8).edges.items()}
     assert edges == EDGES | {"left:conv2d<0": 8, "right:conv2d<0": 8, "tail:conv2d": 8}

@@ -88,7 +88,9 @@ def full_record() -> RunRecord:
         },
         layers=[layer(f"model.{block}.{kind}") for block in range(3) for kind in ("q", "k")],
         blocks=[BlockRecord(f"model.{block}", 0.02, 61.5, 900_000_000) for block in range(3)],
+        exceptions={"model.0.q": "8 bits, as a first or last layer (quant.first_last_bits)"},
         skipped={"lm_head": "tied to the embedding"},
+        facts={"calibration tokens": 12_345, "share of padding": 0.123456, "source": "a book"},
         phases={"walk": 300.0, "evaluate": 12.5},
         recipe_yaml="task:\n  kind: causal-lm\n",
         versions={"torch": "2.13.0"},
@@ -148,9 +150,20 @@ def test_page_states_size_time_memory_exports_reasons_and_provenance() -> None:
     assert ["gguf", "out/model.gguf", "✓ yes", "0"] in page.rows
     assert ["awq", "out/awq", "✗ no", "0.03125"] in page.rows
     assert ["lm_head", "tied to the embedding"] in page.rows
+    assert ["model.0.q", "8 bits, as a first or last layer (quant.first_last_bits)"] in page.rows
     assert ["torch", "2.13.0"] in page.rows
     assert ["seed", "1234"] in page.rows
     assert "task:\n  kind: causal-lm\n" in page.words
+
+
+def test_facts_of_the_task_are_on_the_page_and_among_the_metrics() -> None:
+    record = full_record()
+    rows = Page(render(record)).rows
+    assert ["calibration tokens", "12,345"] in rows
+    assert ["share of padding", "0.1235"] in rows
+    assert ["source", "a book"] in rows
+    assert record.metrics()["facts"] == record.facts
+    assert "facts" not in RunRecord("p", "r").metrics()
 
 
 def test_layer_table_has_one_row_per_layer() -> None:
@@ -194,7 +207,11 @@ def test_hostile_names_are_text_wherever_they_appear(hostile: str) -> None:
     record.layers = [layer(f"model.{hostile}", block=hostile), *record.layers[1:]]
     record.blocks = [BlockRecord(hostile, 0.1, 1.0, 10), *record.blocks[1:]]
     record.plugin = record.recipe = record.description = record.recipe_yaml = hostile
-    record.skipped = {hostile: hostile}
+    record.skipped, record.exceptions, record.facts = (
+        {hostile: hostile},
+        {hostile: hostile},
+        {hostile: hostile},
+    )
     record.exports = {hostile: ExportRecord(hostile, True, 0.0), "awq": record.exports["awq"]}
     record.before = {hostile: 1.0, "agreement": 1.0}
     record.after = dict(record.before)

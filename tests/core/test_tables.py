@@ -217,7 +217,7 @@ def test_the_report_lists_tables_and_counts_what_they_replace_as_covered(tmp_pat
     assert weights["shared"] == "removed: only tables read it"
     assert weights.keys() == {"feature", "shared", "first", "last"}
     assert record.coverage == 1
-    assert record.skipped == {}
+    assert record.skipped == record.map.alone == {}
     assert all(block.relative_error < 0.1 for block in record.blocks)
     assert "table [4, 4]" in (tmp_path / "report.html").read_text(encoding="utf-8")
 

@@ -258,6 +258,13 @@ def test_a_resumed_run_gives_the_same_bytes(tmp_path, monkeypatch):
     assert one == other
 
 
+def test_the_map_of_the_report_has_the_ranges_that_steps_asked_for(tmp_path):
+    quant = QUANT | {"scope": "dataflow"}
+    record = run(tmp_path, Denoiser, SAMPLES, ["every-timestep", "round"], quant, steps=STEPS, task=Denoise)
+    each = {edge.name for edge in record.map.edges if edge.grid == "int4 asymmetric per timestep (4)"}
+    assert each == {"first:linear<0", ":mul"}  # what both layers read
+
+
 def test_formats_without_timesteps_are_refused_before_anything_is_quantized(tmp_path, monkeypatch):
     monkeypatch.setattr("ptqcore.quantization.Walk", lambda *_: pytest.fail("blocks are walked"))
     monkeypatch.setattr("ptqcore.export.onnx.OnnxExporter.holds_timesteps", False)

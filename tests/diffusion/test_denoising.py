@@ -1,5 +1,6 @@
 """Whole runs on a tiny random denoiser: what the steps do to the temporal block, and what is kept."""
 
+import json
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,6 +91,20 @@ def test_the_temporal_block_alone_can_be_quantized(finished):
     assert {layer.path for layer in record.layers} == BLOCK
     reasons = {path: why for path, why in record.skipped.items() if "temporal" in why}
     assert set(reasons.values()) == {"outside the temporal block (task.layers)"}
+
+
+def test_the_report_says_how_often_the_denoiser_was_called_for_calibration_data(finished):
+    run = finished("round")
+    assert run.record.facts == {
+        "steps of the schedule": STEPS,
+        "calibration images": 8,
+        "batches of calibration images": 1,
+        "denoiser calls for calibration data": STEPS + 2,
+        "denoiser calls to calibrate on": STEPS,
+        "rows in them": 4 * STEPS,
+    }
+    assert json.loads((run.folder / "metrics.json").read_text())["facts"] == run.record.facts
+    assert "denoiser calls for calibration data" in (run.folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize("bits", [3, 4])

@@ -1,7 +1,7 @@
 """The task `denoising`: a diffusion pipeline whose denoiser is quantized."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -78,6 +78,7 @@ class Denoising(Task):
     name = "denoising"
     Options = DenoisingOptions
     options: DenoisingOptions
+    _facts: Mapping[str, int] = {}
 
     def load_model(self) -> nn.Module:
         model: nn.Module = self.loaded.denoiser
@@ -88,9 +89,18 @@ class Denoising(Task):
         seeds = range(self.seed * 100_000, self.seed * 100_000 + options.calibration_samples)
         keep = min(options.calibration_keep, options.calibration_samples)
         recorded = collect(self.loaded, self._sampling, seeds, keep, self.seed)
+        rows = sum(call.rows for call in recorded.calls)
+        self._facts = {
+            "steps of the schedule": options.steps,
+            "calibration images": len(seeds),
+            "batches of calibration images": -(-len(seeds) // options.batch),
+            "denoiser calls for calibration data": recorded.denoiser_calls,
+            "denoiser calls to calibrate on": len(recorded.calls),
+            "rows in them": rows,
+        }
         say(
             f"{recorded.denoiser_calls} denoiser calls for calibration data, {len(recorded.calls)} kept: "
-            f"{sum(call.rows for call in recorded.calls)} rows"
+            f"{rows} rows"
         )
         mixed = torch.randperm(len(recorded.calls), generator=torch.Generator().manual_seed(self.seed))
         return [dict(recorded.calls[number].values) for number in mixed.tolist()]
@@ -124,6 +134,11 @@ class Denoising(Task):
     def figures(self) -> Sequence[Curves | Pictures]:
         """What `Judge` shows of the denoisers that were measured."""
         return self._judge.figures()
+
+    def facts(self) -> Mapping[str, int]:
+        """How many calls of the denoiser the calibration data took: as many for every batch of images as
+        the schedule has steps (more in schedulers of higher order), and two to find out how it is called."""
+        return self._facts
 
     def save_assets(self, folder: Path) -> None:
         write_text(folder / _CONFIG, self.loaded.denoiser.to_json_string())
