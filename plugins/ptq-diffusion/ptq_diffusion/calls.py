@@ -75,6 +75,12 @@ class DenoiserCall:
         return torch.as_tensor(self.values[self.timestep])
 
     @property
+    def has_time_of_rows(self) -> bool:
+        """Whether samples are the rows of one tensor, and each is given a time of its own."""
+        one_tensor = isinstance(self.values[self.sample], Tensor)
+        return one_tensor and self.times.ndim > 0 and self.times.shape[0] == self.rows
+
+    @property
     def conditions(self) -> dict[str, Tensor]:
         """Name → tensor, for all tensors that say what to draw; names of nested ones have dots."""
         others = {key: self.values[key] for key in self.values if key not in (self.timestep, self.sample)}

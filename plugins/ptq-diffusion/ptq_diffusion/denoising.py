@@ -137,7 +137,7 @@ class Denoising(Task):
 
     def facts(self) -> Mapping[str, int]:
         """How many calls of the denoiser the calibration data took: as many for every batch of images as
-        the schedule has steps (more in schedulers of higher order), and two to find out how it is called."""
+        the schedule has steps (more in schedulers of higher order), and two that show how it is called."""
         return self._facts
 
     def save_assets(self, folder: Path) -> None:

@@ -5,6 +5,7 @@ the sample or of a condition is left out, and so is what was computed from that.
 such as the guidance, is a constant.
 """
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
@@ -37,12 +38,11 @@ class Recording:
 
     def replay(self, model: nn.Module, time: Tensor) -> dict[str, Tensor]:
         """The outputs of the layers at another time, given as in the recorded pass."""
-        own = dict(chain(model.named_parameters(), model.named_buffers()))
         paths = {number: path for path, number in self.outputs.items()}
         known = {self.time: time.clone()}
         found = {}
         for node in self.nodes:
-            node.run(model, own, known)
+            node.run(model, known)
             for number in node.outputs:
                 if number in paths and paths[number] not in found:
                     found[paths[number]] = known[number].clone()  # a function may write into it later
@@ -89,33 +89,40 @@ class _Own:
 
     name: str
 
+    def of(self, model: nn.Module) -> Tensor:
+        """The tensor."""
+        path, _, name = self.name.rpartition(".")
+        tensor: Tensor = getattr(model.get_submodule(path), name)
+        return tensor
+
 
 @dataclass(frozen=True)
 class Node:
     """One call of a function, or of the layer with this path.
 
-    reads, changes: addresses of the memory that it reads, and that it writes into: views share it.
+    structure: of args and kwargs; None where the leaves are the args. reads, changes: addresses of the
+    memory that it reads, and that it writes into: views share it.
     """
 
     function: Callable[..., Any] | str
     leaves: tuple[Any, ...]
-    structure: TreeSpec
+    structure: TreeSpec | None
     outputs: tuple[int, ...]
     reads: frozenset[int]
     changes: frozenset[int]
 
-    def run(self, model: nn.Module, own: Mapping[str, Tensor], known: dict[int, Tensor]) -> None:
+    def run(self, model: nn.Module, known: dict[int, Tensor]) -> None:
         """Call the function again, and note what it returns."""
-        leaves = [_value(leaf, own, known) for leaf in self.leaves]
-        args, kwargs = tree_unflatten(leaves, self.structure)
+        leaves = [_value(leaf, model, known) for leaf in self.leaves]
+        args, kwargs = (leaves, {}) if self.structure is None else tree_unflatten(leaves, self.structure)
         function = model.get_submodule(self.function) if isinstance(self.function, str) else self.function
         known.update(zip(self.outputs, tensors_in(function(*args, **kwargs)), strict=True))
 
 
-def _value(leaf: Any, own: Mapping[str, Tensor], known: Mapping[int, Tensor]) -> Any:
+def _value(leaf: Any, model: nn.Module, known: Mapping[int, Tensor]) -> Any:
     if isinstance(leaf, _Number):
         return known[leaf.number]
-    return own[leaf.name] if isinstance(leaf, _Own) else leaf
+    return leaf.of(model) if isinstance(leaf, _Own) else leaf
 
 
 class _Reached(Exception):  # noqa: N818 - a signal that ends a forward pass, not an error
@@ -201,10 +208,11 @@ class _Recorder(TorchFunctionMode):
             self._mark([*made, *changed])
             return
         leaves, structure = tree_flatten(given)
+        flat = len(leaves) == len(given[0]) and all(map(operator.is_, leaves, given[0])) and not given[1]
         stand_ins = tuple(map(self._stand_in, leaves))
         numbers = tuple(map(self._number, made))
         memory = (frozenset(map(_address, tensors)) for tensors in (read, changed))
-        self._nodes.append(Node(function, stand_ins, structure, numbers, *memory))
+        self._nodes.append(Node(function, stand_ins, None if flat else structure, numbers, *memory))
 
     def _stand_in(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ptq_diffusion.caching import Caching, prove, with_one_value
+from ptq_diffusion.calls import DenoiserCall
 from ptq_diffusion.features_of_time import TimePath
 from ptq_diffusion.judge import temporal_errors
 from ptq_diffusion.table_correction import TableCorrection
@@ -91,7 +92,7 @@ class TIAR(TemporalStep):
             say("tiar: the denoiser has no temporal features that are quantized")
             return
         self._times = torch.tensor(self.timesteps)
-        way = TimePath(model, self.call, temporal)
+        way = TimePath(model, self._example(), temporal)
         with torch.no_grad():
             features = way(self._times)
         single = with_one_value(layers, run)
@@ -138,6 +139,12 @@ class TIAR(TemporalStep):
         for path, table in self._tables.items():  # what no block holds, and what nothing reads any more
             if not isinstance(model.get_submodule(path), TimestepTable):
                 replace_by_table(model, path, table)
+
+    def _example(self) -> DenoiserCall:
+        """The traced call; with more rows, up to twice as many, where that many timesteps are computed at
+        once: what a pass of few rows costs hardly depends on how many they are."""
+        call, rows = self.call, min(len(self.timesteps), 2 * self.call.rows)
+        return call.with_rows(rows) if call.has_time_of_rows and rows > call.rows else call
 
     def _at_once(self, caching: Caching) -> list[str]:
         """The features that get tables whatever reconstruction could do."""
