@@ -14,7 +14,7 @@ from torch import nn
 
 import ptqcore.artifact
 import ptqcore.testing
-from ptqcore import Plugin, Step, Task, cli
+from ptqcore import Plugin, Step, Task
 from ptqcore.errors import ArtifactError, PluginError, RecipeError
 from ptqcore.observers import MinMax
 from ptqcore.plugin import CORE, Installed, Registry, discover
@@ -296,22 +296,6 @@ def test_a_recipe_file_needs_an_installed_plugin_too(recipes):
 # Commands
 
 COMMANDS = "from ptqcore import Plugin\nplugin = Plugin(name='guest', commands='ptq_guest_tools:app')"
-
-
-@pytest.fixture
-def ptq(monkeypatch, capsys):
-    """Run the command line: exit code, standard output, standard error."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ptq", *arguments])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The calibration adviser: divergence of token distributions, and tokens per input channel."""
 
 import math
-import sys
 
 import pytest
 import tiny_lm
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 from ptq_llm import adviser
 from ptq_llm.adviser import distribution, input_channels, kl_divergence, rank, too_few_tokens
 from ptq_llm.unify import unify
-from ptqcore import cli
 
 tokens = st.lists(st.integers(0, 9), min_size=1, max_size=60).map(torch.tensor)
 
@@ -146,23 +144,6 @@ def test_calibration_reads_whole_windows_as_far_as_there_are_any(windows, window
 
 
 # The command
-
-
-@pytest.fixture
-def ptq(monkeypatch, capsys):
-    """Run the command line: exit code, standard output, standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ptq", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from ptq_llm.bench_cell import carry_out
 from ptq_llm.bench_job import Cost, Verdict
 from ptq_llm.bench_table import Row
 from ptq_llm.metrics import Judge
-from ptqcore import cli, find_recipe
+from ptqcore import find_recipe
 from ptqcore.rounding import Round
 
 RECIPES = ("w8a8", "w4a16")
@@ -451,21 +452,10 @@ def test_a_table_of_nothing_is_a_table(tmp_path):
 
 
 @pytest.fixture
-def ptq(monkeypatch, capsys):
-    """Run the command line, jobs in this process: exit code, standard output, standard error."""
+def ptq(monkeypatch, ptq):
+    """Run `ptq llm bench`, jobs in this process."""
     monkeypatch.setattr("ptq_llm.bench.in_own_process", carry_out)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ptq", "llm", "bench", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capsys.readouterr()
-
-    return run
+    return partial(ptq, "llm", "bench")
 
 
 def arguments(world, output, *more):

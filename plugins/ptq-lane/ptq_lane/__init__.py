@@ -23,6 +23,7 @@ plugin = Plugin(
     },
     recipes="ptq_lane/recipes",
     default_recipe="w4a4",
+    commands="ptq_lane.commands:app",
 )
 
 

@@ -171,7 +171,7 @@ def check(adapter: Adapter, outputs: Any, images: int) -> None:
     if not heads or wrong:
         what = f"{wrong[0]!r} of shape {list(heads[wrong[0]].shape)}" if wrong else "no group"
         raise ModelError(f"heads() of {name} gives {what} for {images} images: give [images, ...] for each")
-    adapter.splice(outputs, heads)
+    adapter.splice(outputs, {key: head + 1 for key, head in heads.items()})
     for key, weight in adapter.confidence(outputs).items():
         if key not in heads:
             raise ModelError(f"confidence() of {name} names {key!r}, heads() has {', '.join(heads)}")

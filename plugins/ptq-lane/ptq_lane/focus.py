@@ -63,7 +63,7 @@ class Focus(BaseModel):
 
 
 def lane_map(lanes: Lanes, frame: Frame) -> Tensor:
-    """Where lanes are, as an image [1, 1, height, width] of 0 and 1; lines are three times as wide as in the
+    """Where lanes are, as an image [1, 1, height, width] of 0 and 1, drawn three times as wide as in the
     metric of CULane."""
     canvas = np.zeros((frame.height, frame.width), np.uint8)
     for points in lanes.points():

@@ -104,6 +104,11 @@ class LaneTask(Task):
         """Of the Lane Distortion Score, in pixels."""
         return default_cap(self.adapter.frame)
 
+    @property
+    def groups(self) -> dict[str, Sensitivity]:
+        """The errors of each group of outputs of the model that was judged last."""
+        return self._found[self.judged].groups
+
     def load_model(self) -> nn.Module:
         """The detector; pictures are listed and labels read too: what is wrong is known before the work."""
         options = self.options

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from ptq_lane.adapter import Adapter
+from ptq_lane.families.groups import named_groups
 from ptq_lane.lanes import Frame, Lanes, Numbers
 from ptqcore import ModelError
 
+_HEADS = ("location", "existence")
 _HORIZON = 0.42
 _WIDTH_OF_UFLD = 800
 _FEWEST_POINTS = 3
@@ -43,13 +45,7 @@ class RowAnchor(Adapter):
     def heads(self, outputs: Any) -> dict[str, Tensor]:
         if isinstance(outputs, Tensor):
             return {"location": outputs[:, :-1], "existence": outputs[:, -1:]}
-        if not isinstance(outputs, dict) or not {"location", "existence"} <= outputs.keys():
-            raise ModelError(
-                "a row-anchor model returns logits [n, cells + 1, anchors, slots], or a dict of 'location' "
-                f"[n, cells, anchors, slots] and 'existence' [n, 2, anchors, slots], this one "
-                f"{type(outputs).__name__}: wrap the model so that it does"
-            )
-        return {name: outputs[name] for name in ("location", "existence")}
+        return named_groups(outputs, self.name, _HEADS)
 
     def confidence(self, outputs: Any) -> dict[str, Tensor]:
         exists = self._exists(outputs)[:, None]
@@ -63,20 +59,21 @@ class RowAnchor(Adapter):
             present = outputs.argmax(1) < outputs.shape[1] - 1
         else:
             present = heads["existence"][:, 1] > heads["existence"][:, 0]
-        x, y = self._x(outputs, self.window), self._y(outputs)
+        x, y = self._x(outputs), self._y(outputs)
         images = zip(x.double().numpy(), present.mT.numpy(), strict=True)
         return [self._lanes(*image, y) for image in images]
 
     def geometry(self, outputs: Any) -> tuple[Tensor, Tensor]:
-        """By straight lines between anchors; places count as much as a lane is likely there."""
+        """By straight lines between anchors; a row counts as much as a lane is likely at both of them."""
         y, rows = self._y(outputs), self.frame.rows
         order = np.argsort(y)
-        weights = np.stack(
-            [np.interp(rows, y[order], unit[order], left=0, right=0) for unit in np.eye(len(y))], axis=1
-        )
-        x = self._x(outputs, self.window)
-        to_rows = torch.from_numpy(weights).to(x).mT
-        return x @ to_rows, self._exists(outputs).mT @ to_rows
+        next_down = np.searchsorted(y[order], rows).clip(1, len(y) - 1)
+        above, below = order[next_down - 1], order[next_down]
+        share = (rows - y[above]) / (y[below] - y[above])
+        within = torch.from_numpy((share >= 0) & (share <= 1))
+        x, exists = self._x(outputs), self._exists(outputs).mT
+        x = torch.lerp(x[..., above], x[..., below], torch.from_numpy(share.clip(0, 1)).to(x))
+        return x, torch.minimum(exists[..., above], exists[..., below]) * within.to(x)
 
     def _lanes(self, x: Numbers, present: Numbers, y: Numbers) -> Lanes:
         """The lanes of one image; x, present: [slots, anchors]."""
@@ -90,12 +87,12 @@ class RowAnchor(Adapter):
             return 1 - outputs.softmax(1)[:, -1]
         return outputs["existence"].softmax(1)[:, 1]
 
-    def _x(self, outputs: Any, window: int | None) -> Tensor:
+    def _x(self, outputs: Any) -> Tensor:
         """The expected place of every slot at every anchor [n, slots, anchors] in pixels."""
         location = self.heads(outputs)["location"]
         cells = torch.arange(location.shape[1], device=location.device)[:, None, None]
-        if window is not None:
-            far = (cells - location.argmax(1, keepdim=True)).abs() > window
+        if self.window is not None:
+            far = (cells - location.argmax(1, keepdim=True)).abs() > self.window
             location = location.masked_fill(far, -torch.inf)
         expected = (location.softmax(1) * cells).sum(1).mT
         width = self.frame.width / (len(cells) - 1)

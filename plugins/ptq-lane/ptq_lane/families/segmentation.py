@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ptq_lane.adapter import Adapter
+from ptq_lane.families.groups import named_groups
 from ptq_lane.lanes import Frame, Lanes, Numbers
-from ptqcore import ModelError
 
 # Of SCNN's map of 800 columns a window of 9 is averaged; of CULane's 590 rows every 20th is read.
 _BLUR = 9 / 800
@@ -38,12 +38,8 @@ class Segmentation(Adapter):
     def heads(self, outputs: Any) -> dict[str, Tensor]:
         if isinstance(outputs, Tensor):
             return {"lanes": outputs}
-        if not isinstance(outputs, dict) or "lanes" not in outputs:
-            raise ModelError(
-                "a segmentation model returns logits [n, 1 + slots, h, w], as a tensor or as 'lanes' of a "
-                f"dict, this one {type(outputs).__name__}: wrap the model so that it does"
-            )
-        return {name: outputs[name] for name in ("lanes", "existence") if name in outputs}
+        without = not isinstance(outputs, dict) or "existence" not in outputs
+        return named_groups(outputs, self.name, ("lanes",) if without else ("lanes", "existence"))
 
     def confidence(self, outputs: Any) -> dict[str, Tensor]:
         heads = self.heads(outputs)

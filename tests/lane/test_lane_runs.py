@@ -1,0 +1,190 @@
+"""Whole runs of the task `lanes` on a stranger's network and family, and sentences for what goes wrong."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import nn
+from toy_lanes import FRAME, Toy, ToyNet
+
+import ptqcore
+from ptq_lane import Lanes
+from ptq_lane.lane_task import LaneOptions, LaneTask
+
+TOY = ["task.family=toy_lanes:Toy", "task.model=toy_lanes:ToyNet", "task.calibration=12", "export=[]"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Forty small pictures."""
+    folder = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for number in range(40):
+        picture = cv2.resize(random.integers(0, 256, (4, 8, 3), np.uint8), (FRAME.width, FRAME.height))
+        cv2.imwrite(str(folder / f"{number:02}.png"), picture)
+    return folder
+
+
+def quantize(ptq, folder, images, *settings, recipe="w4a4"):
+    sets = [part for one in (*TOY, f"task.images={images}", *settings) for part in ("--set", one)]
+    return ptq("quantize", "--plugin", "lane", "--recipe", recipe, "--output", folder, *sets)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, images):
+    """A run of selective focus, with a baseline."""
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    recipe = ptqcore.find_recipe(
+        "w4a4",
+        "lane",
+        [
+            *TOY,
+            f"task.images={images}",
+            "evaluate.baseline=true",
+            "steps=[focus-ranges, {selective-focus: {iterations: 60, batch: 8, judged: 4, pixels: 1.0}}]",
+        ],
+    )
+    return folder, ptqcore.quantize(recipe, "lane", folder)
+
+
+def test_the_run_is_judged_by_its_lanes(finished):
+    _, record = finished
+    metrics = record.metrics()
+    assert metrics["before"] == {"lds": 0, "agreement_f1@0.5": 100}
+    for key in ("baseline", "after"):
+        assert metrics[key].keys() == {"lds", "agreement_f1@0.5"}
+        assert 0 < metrics[key]["lds"] < 2
+
+
+def test_the_report_shows_lanes_groups_and_what_was_learned(finished):
+    folder, _ = finished
+    page = (folder / "report.html").read_text()
+    for heading in ("Lanes", "Lane Distortion Score", "Groups of outputs", "Sensitivity of the groups"):
+        assert heading in page
+    assert "Held-out Lane Distortion Score" in page
+
+
+def test_the_artifact_computes_the_same_lanes(finished, images):
+    folder, record = finished
+    (assets,) = folder.rglob("detector.json")
+    described = json.loads(assets.read_text())
+    assert described["frame"] == {"width": 64, "height": 32}
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    options = {key: value for key, value in recipe["task"].items() if key != "kind"}
+    task = LaneTask(LaneOptions.model_validate(options), 0, folder)
+    task.evaluate(task.load_model())
+    task.judged = "quantized"
+    assert task.evaluate(ptqcore.load(folder)) == record.metrics()["after"]
+
+
+def test_calibration_images_are_held_out_from_evaluation(images, tmp_path):
+    options = LaneOptions.model_validate(
+        {"family": "toy_lanes:Toy", "model": "toy_lanes:ToyNet", "images": str(images), "calibration": 10}
+    )
+    task = LaneTask(options, 0, tmp_path)
+    task.load_model()
+    assert len(task.evaluated) == 30
+    assert not {0, 4, 8, 36} & set(task.evaluated)
+
+
+def test_sensitivity_is_a_table_of_pixels(ptq, tmp_path, images):
+    sets = [part for one in (*TOY, f"task.images={images}") for part in ("--set", one)]
+    code, out, _ = ptq("lane", "sensitivity", *sets, "--output", tmp_path, "--set", "quant.weights.bits=4")
+    assert code == 0
+    assert "pixels per unit" in out
+    lines = (tmp_path / "sensitivity.csv").read_text().splitlines()
+    groups = {line.split(",")[0]: [float(cell) for cell in line.split(",")[1:]] for line in lines[1:]}
+    assert set(groups) == {"score", "x", "slope", "ignored"}
+    assert groups["ignored"][1:] == [0, 0, 0]
+    assert groups["x"][1] > 0
+    assert sum(row[2] for row in groups.values()) == pytest.approx(1)
+
+
+# What goes wrong
+
+
+class Empty(Toy):
+    def decode(self, outputs):
+        return []
+
+
+class Copies(Toy):
+    def heads(self, outputs):
+        return {"all": outputs * 2}
+
+
+class OtherRows(Toy):
+    def decode(self, outputs):
+        return [Lanes(np.arange(3.0), np.zeros((0, 3))) for _ in outputs]
+
+
+class Blind(ToyNet):
+    def __init__(self):
+        super().__init__()
+        nn.init.constant_(self.head.bias, -50.0)
+
+
+HERE = __name__
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["task.family=rowanchor"], "task.family 'rowanchor' is unknown; did you mean 'row-anchor'"),
+        (["task.family=toy_lanes:FRAME"], "must be a subclass of ptq_lane.Adapter"),
+        (["task.variant=culane"], "task.variant 'culane' is of the family lstr"),
+        ([f"task.family={HERE}:Empty"], "decode() of Empty gives 0 entries for 1 images"),
+        ([f"task.family={HERE}:Copies"], "heads() of the adapter Copies returns 'all' as a copy"),
+        ([f"task.family={HERE}:OtherRows"], "decode() of OtherRows gives lanes at other rows"),
+        ([f"task.model={HERE}:Blind"], "finds no lane on any of 28 images"),
+        (["task.calibration=40"], "task.calibration is 40, but task.images"),
+        (["task.preprocess.size=[64, 64]"], "does not take images of shape [3, 64, 64]"),
+        (["blocks=null"], "set the recipe key 'blocks' to network-wise"),
+    ],
+)
+def test_what_goes_wrong_is_one_sentence(ptq, tmp_path, images, settings, sentence):
+    code, _, err = quantize(ptq, tmp_path / "run", images, *settings)
+    assert code == 2
+    assert sentence in " ".join(err.split())
+    assert "Traceback" not in err
+    assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+def test_images_of_other_sizes_are_named(ptq, tmp_path, images):
+    other = tmp_path / "mixed"
+    other.mkdir()
+    for number, size in enumerate([(64, 32), (64, 32), (32, 32)]):
+        cv2.imwrite(str(other / f"{number}.png"), np.zeros((*size[::-1], 3), np.uint8))
+    code, _, err = quantize(ptq, tmp_path / "run", other, "task.calibration=1")
+    assert code == 2
+    assert "picture '2.png' is 32x32, but the first, '0.png', is 64x32" in " ".join(err.split())
+
+
+def test_a_checkpoint_of_another_family_is_named(ptq, tmp_path):
+    from ptq_lane import detectors
+
+    file = tmp_path / "curve.pt"
+    torch.save(detectors.find("curve").structure().state_dict(), file)
+    sets = ("--set", "task.family=keypoint", "--set", f"task.checkpoint={file}")
+    code, _, err = ptq("quantize", "--plugin", "lane", "--output", tmp_path / "run", *sets)
+    assert code == 2
+    assert "is one of the family 'curve', not of 'keypoint'" in " ".join(err.split())
+
+
+def test_the_step_is_for_lanes_alone(ptq, tmp_path):
+    sets = (
+        "--set",
+        "steps=[lane:selective-focus]",
+        "--set",
+        "blocks=network-wise",
+        "--set",
+        "task.calibration=2",
+    )
+    code, _, err = ptq(
+        "quantize", "--plugin", "vision", "--recipe", "w8a8", "--output", tmp_path / "run", *sets
+    )
+    assert code == 2
+    assert "selective-focus is made for tasks of the kind lanes" in " ".join(err.split())
