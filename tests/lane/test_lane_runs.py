@@ -10,9 +10,11 @@ import yaml
 from torch import nn
 from toy_lanes import FRAME, Toy, ToyNet
 
+import ptq_lane
 import ptqcore
 from ptq_lane import Lanes
 from ptq_lane.lane_task import LaneOptions, LaneTask
+from ptqcore import DataError
 
 TOY = ["task.family=toy_lanes:Toy", "task.model=toy_lanes:ToyNet", "task.calibration=12", "export=[]"]
 
@@ -78,6 +80,17 @@ def test_the_artifact_computes_the_same_lanes(finished, images):
     task.evaluate(task.load_model())
     task.judged = "quantized"
     assert task.evaluate(ptqcore.load(folder)) == record.metrics()["after"]
+
+
+def test_a_finished_detector_takes_images(finished, images):
+    detector = ptq_lane.load(finished[0])
+    picture = cv2.imread(str(images / "00.png"))[:, :, ::-1]
+    lanes = detector([picture, picture])
+    assert len(lanes) == 2
+    assert len(lanes[0]) >= 1
+    assert np.array_equal(lanes[0].x, lanes[1].x, equal_nan=True)
+    with pytest.raises(DataError, match=r"an image is \[16, 64, 3\], but lanes are found on 64x32"):
+        detector([picture[:16]])
 
 
 def test_calibration_images_are_held_out_from_evaluation(images, tmp_path):

@@ -7,10 +7,18 @@ from ptqcore import Plugin
 
 if TYPE_CHECKING:
     from ptq_lane.adapter import Adapter as Adapter
+    from ptq_lane.deployed import LaneDetector as LaneDetector
+    from ptq_lane.deployed import load as load
     from ptq_lane.lanes import Frame as Frame
     from ptq_lane.lanes import Lanes as Lanes
 
-_HOME = {"Adapter": "adapter", "Frame": "lanes", "Lanes": "lanes"}
+_HOME = {
+    "Adapter": "adapter",
+    "Frame": "lanes",
+    "LaneDetector": "deployed",
+    "Lanes": "lanes",
+    "load": "deployed",
+}
 
 __all__ = [*_HOME, "plugin"]
 

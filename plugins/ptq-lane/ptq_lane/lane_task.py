@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ptq_lane import detectors, figures, pictures
 from ptq_lane.adapter import Adapter
+from ptq_lane.deployed import ASSETS
 from ptq_lane.distortion import default_cap, lane_distortion
 from ptq_lane.lanes import Lanes
 from ptq_lane.metrics.scores import Scores
@@ -21,7 +22,6 @@ from ptq_lane.selection import Sensitivity, sensitivities
 from ptqcore import Curves, DataError, ModelError, Task, TaskOptions, track
 from ptqcore import Pictures as PictureRows
 
-_ASSETS = "detector.json"
 _COUNT = 64
 _JUDGED = 128
 
@@ -160,16 +160,16 @@ class LaneTask(Task):
             "preprocess": self.options.preprocess.model_dump(mode="json"),
             "frame": {"width": frame.width, "height": frame.height},
         }
-        (folder / _ASSETS).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        (folder / ASSETS).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def build(cls, folder: Path) -> nn.Module:
         """The structure that `save_assets` described."""
         try:
-            described = json.loads((folder / _ASSETS).read_text(encoding="utf-8"))
+            described = json.loads((folder / ASSETS).read_text(encoding="utf-8"))
             names = [described[key] for key in ("family", "variant", "model")]
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ModelError(f"{folder / _ASSETS} does not describe a lane detector: {error}") from error
+            raise ModelError(f"{folder / ASSETS} does not describe a lane detector: {error}") from error
         return detectors.find(*names).structure()
 
     def _choose_images(self) -> None:
