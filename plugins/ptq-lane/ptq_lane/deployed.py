@@ -36,8 +36,8 @@ class LaneDetector:
         for image in images:
             if image.shape != (frame.height, frame.width, 3):
                 raise DataError(
-                    f"an image is {list(image.shape)}, but lanes are found on {frame.width}x{frame.height}: "
-                    f"give [{frame.height}, {frame.width}, 3]"
+                    f"an image is {list(image.shape)}, but lanes are found on "
+                    f"{frame.width}x{frame.height}: give [{frame.height}, {frame.width}, 3]"
                 )
         return self.adapter.decode(
             self.model(torch.stack([self.preprocess.prepare(one) for one in images]))

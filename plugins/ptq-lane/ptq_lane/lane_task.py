@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ptq_lane.lanes import Lanes
 from ptq_lane.metrics.scores import Scores
 from ptq_lane.preprocess import Preprocess
 from ptq_lane.selection import Sensitivity, sensitivities
+from ptq_lane.split_heads import find_splits, split
 from ptqcore import Curves, DataError, ModelError, Task, TaskOptions, track
 from ptqcore import Pictures as PictureRows
 
@@ -117,7 +119,10 @@ class LaneTask(Task):
         model = self._detector.load(checkpoint)
         self._choose_images()
         self.adapter: Adapter = self._detector.adapter(self.pictures.frame)
-        detectors.check(self.adapter, self._outputs(model, self._calibration[:1]), 1)
+        first = self._calibration[:1]
+        detectors.check(self.adapter, self._outputs(model, first), 1)
+        self._splits = find_splits(model, self.adapter, partial(self._outputs, model, first))
+        split(model, self._splits)
         self._found: dict[str, Found] = {}
         return model
 
@@ -157,6 +162,7 @@ class LaneTask(Task):
             "family": self._detector.family,
             "variant": self._detector.variant,
             "model": self._detector.model,
+            "splits": self._splits,
             "preprocess": self.options.preprocess.model_dump(mode="json"),
             "frame": {"width": frame.width, "height": frame.height},
         }
@@ -168,9 +174,12 @@ class LaneTask(Task):
         try:
             described = json.loads((folder / ASSETS).read_text(encoding="utf-8"))
             names = [described[key] for key in ("family", "variant", "model")]
+            splits = dict(described["splits"])
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ModelError(f"{folder / ASSETS} does not describe a lane detector: {error}") from error
-        return detectors.find(*names).structure()
+        model = detectors.find(*names).structure()
+        split(model, splits)
+        return model
 
     def _choose_images(self) -> None:
         """Set `pictures`, `evaluated` (numbers among them) and the calibration images."""
