@@ -162,7 +162,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--family", choices=("all", *FAMILIES), required=True)
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--scenes", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=_WEIGHTS)
