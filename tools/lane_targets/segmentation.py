@@ -28,7 +28,7 @@ def adapter(frame: Frame) -> Adapter:
 def targets(lanes: Lanes, frame: Frame) -> dict[str, NDArray]:
     """column [slots, h]: of each line at each row of the network's grid, not whole, NaN where it is absent;
     existence [slots]: whether a line is in the image in more than one or two rows of the grid."""
-    rows = (np.arange(frame.height // _STRIDE) + 0.5) * _STRIDE - 0.5
+    rows = (np.arange(frame.height // _STRIDE, dtype=np.float64) + 0.5) * _STRIDE - 0.5
     column = (by_slot(lanes.at(rows)) + 0.5) / _STRIDE - 0.5
     column[~((column > -0.5) & (column < frame.width // _STRIDE - 0.5))] = np.nan
     existence = (~np.isnan(column)).sum(1) >= _FEWEST_ROWS
