@@ -252,6 +252,13 @@ def test_rows_are_repeated_in_all_tensors_that_have_them() -> None:
         call(x=[rand(2)]).with_rows(3)
 
 
+def test_calls_with_a_time_for_each_row_of_one_tensor_are_told_apart() -> None:
+    assert call(t=torch.tensor([7, 8])).has_time_of_rows
+    assert not call(t=torch.tensor(7)).has_time_of_rows
+    assert not call(t=torch.tensor([7])).has_time_of_rows
+    assert not call(x=[rand(2), rand(2)], t=torch.tensor([7, 8])).has_time_of_rows
+
+
 def test_low_precision_becomes_single_and_the_rest_stays() -> None:
     made = call(x=rand(2).bfloat16(), context=rand(2).double(), options=torch.tensor([1, 2])).as_float32()
     kinds = [made.values[name].dtype for name in ("x", "context", "options")]

@@ -261,3 +261,16 @@ def test_look_ups_are_timed_on_their_own():
     assert found.layers == len(paths)
     assert 0 < found.entry < found.without
     assert found.share == (found.entry + found.inside) / found.without
+
+
+# The recipe
+
+
+def test_iterations_of_all_steps_are_scaled():
+    def iterations(overrides):
+        steps = diffusion.plan_of(diffusion.recipe_of(overrides)).step_classes
+        return [options.iterations for _, options in steps if hasattr(options, "iterations")]
+
+    full, half = iterations([]), iterations(diffusion.scaled_iterations(0.5))
+    assert len(full) == 2
+    assert half == [one // 2 for one in full]

@@ -83,6 +83,18 @@ def recipe_of(overrides: list[str]) -> Recipe:
     return read_recipe(discover().recipe_file("w4a8", "diffusion"), [*overrides, "export=[]"])
 
 
+def scaled_iterations(scale: float) -> list[str]:
+    """Overrides that scale the iterations of all steps of the recipe that have some."""
+    plan = plan_of(recipe_of([]))
+    found = []
+    for index, (entry, (_, options)) in enumerate(zip(plan.recipe.steps, plan.step_classes, strict=True)):
+        if isinstance(options, TIAROptions | ReconstructOptions):
+            found.append(
+                f"steps.{index}.{entry.name}.iterations={max(round(scale * options.iterations), 1)}"
+            )
+    return found
+
+
 def plan_of(recipe: Recipe) -> Plan:
     """Its plan."""
     return make_plan(recipe, "diffusion", discover())
@@ -109,9 +121,7 @@ def by_ptqcore(seed: int, scale: float, samples: int) -> Result:
         (_Run, "finish", _LEFT_OUT),
     ):
         stages.charge(owner, method, name)
-    tiar, brecq = (round(scale * kind().iterations) for kind in (TIAROptions, ReconstructOptions))
-    iterations = [f"steps.1.tiar.iterations={tiar}", f"steps.2.brecq.iterations={brecq}"]
-    recipe = recipe_of([f"seed={seed}", "task.samples=2", *(iterations if scale != 1 else [])])
+    recipe = recipe_of([f"seed={seed}", "task.samples=2", *scaled_iterations(scale)])
     charged = Denoising.samples
 
     def counted(task: Denoising, model: nn.Module) -> Sequence[Any]:
