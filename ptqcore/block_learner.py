@@ -15,7 +15,7 @@ from ptqcore.dataflow import tensors_in
 from ptqcore.edges import TensorFunction
 from ptqcore.modules import rows_to_weight
 from ptqcore.placement import Edge
-from ptqcore.quantizers import FakeQuant, LearnedRounding, LearnedStep, random_mask
+from ptqcore.quantizers import FakeQuant, LearnedBias, LearnedRounding, LearnedStep, random_mask
 from ptqcore.timesteps import at
 from ptqcore.walk import BlockIO
 
@@ -50,6 +50,7 @@ class BlockLearner:
         roundings: dict[str, LearnedRounding],
         quantizers: dict[Edge, FakeQuant],
         precision: torch.dtype,
+        biases: bool = False,
     ) -> None:
         """Args:
         io: the block's inputs, in both streams.
@@ -57,6 +58,7 @@ class BlockLearner:
         roundings: by path of the layer.
         quantizers: of the activations inside the block.
         precision: of the computation.
+        biases: whether the layers' biases are learned too.
         """
         self.io, self.exact = io, exact
         self.roundings, self.quantizers = roundings, quantizers
@@ -65,6 +67,7 @@ class BlockLearner:
             for quantizer in quantizers.values()
             if not quantizer.spec.dynamic and not quantizer.spec.is_float
         }
+        self.biases = self._learned_biases() if biases else {}
         self._precision = precision
         self._weights: dict[str, Tensor] = {}
 
@@ -119,7 +122,25 @@ class BlockLearner:
             name = f"{path[start:]}.weight".lstrip(".")
             weight = self._weights.get(path)
             found[name] = rows_to_weight(rounding.weight, layers[path]) if weight is None else weight
+        for path, bias in self.biases.items():
+            found[f"{path[start:]}.bias".lstrip(".")] = bias.value
         return found
+
+    def _learned_biases(self) -> dict[str, LearnedBias]:
+        """Of the layers that have one; the unit is the spread of their outputs for the first sample."""
+        layers = {path: self.io.block.layers()[path] for path in self.roundings}
+        units: dict[str, float] = {}
+        handles = [
+            layer.register_forward_hook(partial(_note_spread, units, path))
+            for path, layer in layers.items()
+            if layer.bias is not None
+        ]
+        try:
+            self.io.run_sample(0, exact=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {path: LearnedBias(layers[path].bias, unit) for path, unit in units.items()}  # type: ignore[arg-type]
 
     def _rounding(self, quantizer: FakeQuant, phase: Phase, generator: torch.Generator) -> TensorFunction:
         return partial(self._round, quantizer, phase, generator)
@@ -143,6 +164,10 @@ class BlockLearner:
                 for one, other in zip(leaves, exact, strict=True)
             ]
         return tree_unflatten([_channels_last(leaf) for leaf in leaves], structure)
+
+
+def _note_spread(units: dict[str, float], path: str, layer: nn.Module, args: Any, output: Tensor) -> None:
+    units[path] = float(output.float().std(correction=0))
 
 
 def _channels_last(leaf: Any) -> Any:

@@ -18,7 +18,7 @@ from ptqcore.errors import ModelError
 from ptqcore.modules import weight_rows
 from ptqcore.packed import QuantizedTensor
 from ptqcore.placement import LAYERS, Edge
-from ptqcore.quantizers import FakeQuant, LearnedRounding
+from ptqcore.quantizers import FakeQuant, LearnedBias, LearnedRounding, LearnedStep
 from ptqcore.reconstruction import Objective, Problem, Schedule, reconstruct
 from ptqcore.step import Step, StepOptions
 
@@ -31,7 +31,7 @@ class ReconstructOptions(StepOptions):
     the rounding variables, and of the activation steps (relative to the step); null chooses them so
     that this many iterations can move a variable across its range. precision: of the block's
     computation. inputs: what flows into a block while it learns. learn_steps: whether the activation
-    steps are learned too."""
+    steps are learned too; learn_biases: whether those of the layers that have one are."""
 
     iterations: int = Field(default=400, ge=1)
     batch: int = Field(default=16, ge=1)
@@ -40,6 +40,7 @@ class ReconstructOptions(StepOptions):
     precision: Literal["float32", "bfloat16"] = "float32"
     inputs: Literal["quantized", "full-precision", "mixed"] = "quantized"
     learn_steps: bool = True
+    learn_biases: bool = False
 
     def schedule(self, share: float = 1.0) -> Schedule:
         """The schedule of one block, or of a share of its iterations."""
@@ -90,7 +91,14 @@ class Reconstruct(Step):
         }
         quantizers = calibration.quantizers | self._input_quantizers(roundings, calibration)
         precision = getattr(torch, self.options.precision)
-        learner = BlockLearner(calibration.io, calibration.exact, roundings, quantizers, precision)
+        learner = BlockLearner(
+            calibration.io,
+            calibration.exact,
+            roundings,
+            quantizers,
+            precision,
+            self.options.learn_biases,
+        )
         generator = self._generator(block)
         for phase in self.phases():
             if not phase.roundings:
@@ -101,15 +109,22 @@ class Reconstruct(Step):
                 partial(learner.predict, phase, generator),
                 learner.target,
                 list(roundings.values()) if phase.roundings else [],
-                list(learner.learned.values()) if phase.steps and phase.keep else [],
+                self._beside(learner, phase),
                 self.objective(learner, phase, calibration),
                 self._at_once(block, calibration),
             )
             self._reconstruct(problem, self.options.schedule(phase.share), generator)
             calibration.losses += problem.history
-        for learned in learner.learned.values():
+        beside: list[LearnedStep | LearnedBias] = [*learner.learned.values(), *learner.biases.values()]
+        for learned in beside:
             learned.finish()
         self._finish(block, calibration, roundings, quantizers)
+
+    @staticmethod
+    def _beside(learner: BlockLearner, phase: Phase) -> list[LearnedStep | LearnedBias]:
+        """What is learned in a phase beside roundings."""
+        steps = learner.learned.values() if phase.steps and phase.keep else ()
+        return [*steps, *learner.biases.values()]
 
     def nearest(self, path: str, layer: nn.Module, calibration: Calibration) -> QuantizedTensor:
         """The weight rounded to nearest: its grid is kept, and learning starts there."""

@@ -224,6 +224,31 @@ class LearnedStep:
         self.quantizer.scale = self._start * self.variable.exp()
 
 
+class LearnedBias:
+    """The bias of a layer, as it was plus a variable [channels] times a unit.
+
+    The unit is how far the layer's outputs spread, so that one learning rate serves layers of any
+    magnitude.
+    """
+
+    def __init__(self, bias: Tensor, unit: float) -> None:
+        self._bias, self._unit = bias, unit
+        self.variable = torch.zeros_like(bias, requires_grad=True)
+
+    @property
+    def value(self) -> Tensor:
+        """The bias as it now is."""
+        return self._bias.detach() + self._unit * self.variable
+
+    def decide(self) -> None:
+        """Nothing is to be decided."""
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Give the layer the learned bias."""
+        self._bias.copy_(self.value)
+
+
 class _QuantizeStep(torch.autograd.Function):
     """Quantize-dequantize with gradients for x and for the logarithm v of the step (LSQ, eq. 3 and 5).
 

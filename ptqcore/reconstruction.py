@@ -1,4 +1,4 @@
-"""The optimiser: rounding and activation steps that bring a block's output back to its target.
+"""The optimiser: rounding, activation steps and biases that bring a block's output back to its target.
 
 One loop serves three methods. AdaRound (arXiv 2004.10568) reconstructs single layers with activations
 in full precision; BRECQ (arXiv 2102.05426) does so for whole blocks; QDrop (arXiv 2203.05740) rounds
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptqcore.quantizers import LearnedRounding, LearnedStep
+from ptqcore.quantizers import LearnedBias, LearnedRounding, LearnedStep
 
 
 class Objective:
@@ -72,7 +72,8 @@ class Problem:
     """What is reconstructed.
 
     samples: the numbers of those to learn from. predict: sample numbers → the block's output tensors
-    with the variables as they now are. target: sample numbers → what they should be.
+    with the variables as they now are. target: sample numbers → what they should be. steps: what is
+    learned beside roundings.
     """
 
     name: str
@@ -80,14 +81,14 @@ class Problem:
     predict: Callable[[Sequence[int]], list[Tensor]]
     target: Callable[[Sequence[int]], list[Tensor]]
     roundings: list[LearnedRounding]
-    steps: list[LearnedStep]
+    steps: list[LearnedStep | LearnedBias]
     objective: Objective = field(default_factory=Objective)
     at_once: int = 1
     history: list[float] = field(default_factory=list)
 
 
 def reconstruct(problem: Problem, schedule: Schedule, generator: torch.Generator) -> None:
-    """Minimise a problem's loss over its roundings and steps; `history` gets the loss of each update.
+    """Minimise a problem's loss over its variables; `history` gets the loss of each update.
 
     Each update takes a random batch and computes it `at_once` samples at a time, which keeps tensors
     in the processor's cache and gives the same gradient. Stops early when every rounding is decided
@@ -205,7 +206,7 @@ class _Best:
     def _variables(self) -> list[Tensor]:
         return [learned.variable for learned in self._learned()]
 
-    def _learned(self) -> list[LearnedRounding | LearnedStep]:
+    def _learned(self) -> list[LearnedRounding | LearnedStep | LearnedBias]:
         return [*self._problem.roundings, *self._problem.steps]
 
 

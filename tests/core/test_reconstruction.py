@@ -13,7 +13,7 @@ import ptqcore
 from ptqcore import ModelError, grid
 from ptqcore.learned_rounding import BRECQ
 from ptqcore.packed import QuantizedTensor
-from ptqcore.quantizers import FakeQuant, LearnedRounding, LearnedStep
+from ptqcore.quantizers import FakeQuant, LearnedBias, LearnedRounding, LearnedStep
 from ptqcore.reconstruction import Objective, Problem, Schedule, reconstruct
 from ptqcore.spec import QuantSpec
 
@@ -405,6 +405,29 @@ def test_ranges_of_activations_are_learned_and_never_grow(tmp_path, step):
     image = "stem/0:conv2d<0.scale"
     assert first.keys() == learned.keys()
     assert float(learned[image]) < float(first[image])
+
+
+@pytest.mark.parametrize("step", ["brecq", "qdrop"])
+def test_biases_are_learned_where_that_is_wanted(tmp_path, step):
+    biases = {}
+    for name, wanted in (("with", True), ("without", False)):
+        options = {"iterations": 40, "batch": 8, "learn_biases": wanted}
+        run(tmp_path / name, make, images(), {step: options}, W3A4)
+        model = ptqcore.load(tmp_path / name, make())
+        biases[name] = model.get_submodule("one.a").bias
+    moved = (biases["with"] - biases["without"]).abs().max().item()
+    assert moved > 0.01 * biases["without"].abs().max().item()
+
+
+def test_a_learned_bias_moves_in_units_of_its_layer():
+    bias = torch.tensor([1.0, -2.0])
+    learned = LearnedBias(bias, unit=4.0)
+    with torch.no_grad():
+        learned.variable += torch.tensor([0.25, 0.5])
+    assert learned.value.tolist() == [2.0, 0.0]
+    assert bias.tolist() == [1.0, -2.0]
+    learned.finish()
+    assert bias.tolist() == [2.0, 0.0]
 
 
 def test_network_wise_is_one_block_of_everything(tmp_path):
