@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 REPOSITORY = Path(__file__).parents[2]
-PLUGINS = ("diffusion", "llm", "vision")
+PLUGINS = ("diffusion", "lane", "llm", "vision")
 ALLOWED = {"torch", "numpy", "safetensors", "pydantic", "pyyaml", "jinja2", "rich", "typer"}
 
 
