@@ -6,9 +6,13 @@ Families: segmentation, row-anchor, anchor, keypoint, curve; what each learns is
 
 Recipe: scenes of series 2, half of them mirrored, with random contrast and brightness; 32 a step; AdamW,
 learning rate with a warm-up of one epoch and a cosine to 0, weight decay 0.01, gradients cut to a norm
-of 1; moving average of the weights. F1 is CULane's on the 300
-scenes of series 0, with lines 4 pixels wide.
+of 1; moving average of the weights. F1 is CULane's on 300 scenes of series 0, with lines 4 pixels wide.
 One thread for training, a process for every core for rendering; the same seed gives the same bytes.
+
+What ships was trained with the defaults, `--family NAME`, after two CPU-minutes of rendering:
+
+    segmentation  F1 0.973  505 CPU-seconds  126,061 parameters
+    row-anchor    F1 0.965  338 CPU-seconds  224,736 parameters
 """
 
 import argparse

@@ -8,7 +8,10 @@ import pytest
 import torch
 from planted_lanes import FRAME, far_apart, road_lanes, stacked
 
-from ptq_lane import Lanes
+from ptq_lane import Lanes, detectors
+from ptq_lane.metrics.culane import Counts, count
+from ptq_lane.networks.images import normalised
+from ptq_lane.scenes import Scenes
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 
@@ -120,3 +123,18 @@ def test_every_family_has_its_targets():
     for name in FAMILIES:
         learner = family(name)
         assert all(callable(getattr(learner, part)) for part in ("network", "adapter", "targets", "loss"))
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_the_weights_that_we_ship_find_nearly_all_lines(name):
+    """F1 by CULane's rule, on scenes that no figure of ours was measured on."""
+    detector = detectors.find(name)
+    scenes = Scenes(60, seed=1)[:]
+    images = normalised(torch.from_numpy(np.stack([scene.image for scene in scenes])))
+    with torch.no_grad():
+        found = detector.adapter(FRAME).decode(detector.load(None)(images))
+    counts = [
+        count(lanes.points(), scene.lanes.points(), FRAME, (0.5,))[0.5]
+        for lanes, scene in zip(found, scenes, strict=True)
+    ]
+    assert sum(counts, Counts()).f1 > 0.93
