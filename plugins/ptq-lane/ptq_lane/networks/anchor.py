@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ptq_lane.anchor_lines import AnchorLines, road_anchors
 from ptq_lane.networks.backbone import STRIDE, Backbone
@@ -20,6 +19,7 @@ class AnchorNet(nn.Module):
     """
 
     cells: Tensor
+    inside: Tensor
 
     def __init__(self, anchors: AnchorLines | None = None) -> None:
         """Args:
@@ -35,11 +35,13 @@ class AnchorNet(nn.Module):
         self.classes = nn.Linear(2 * local, 2)
         self.length = nn.Linear(2 * local, 1)
         self.offsets = nn.Linear(2 * local, anchors.count)
-        self.register_buffer("cells", _cells(anchors), persistent=False)
+        cells, inside = _cells(anchors)
+        self.register_buffer("cells", cells, persistent=False)
+        self.register_buffer("inside", inside, persistent=False)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        features = F.pad(self.reduce(self.backbone(images)), (1, 1)).flatten(2)
-        pooled = features[:, :, self.cells].unflatten(2, (-1, self.rows))
+        features = self.reduce(self.backbone(images)).flatten(2)
+        pooled = (features[:, :, self.cells] * self.inside).unflatten(2, (-1, self.rows))
         local = pooled.transpose(1, 2).flatten(2)
         attention = self.attention(local).softmax(2)
         seen = torch.cat([local, attention @ local], 2)
@@ -50,10 +52,11 @@ class AnchorNet(nn.Module):
         }
 
 
-def _cells(anchors: AnchorLines) -> Tensor:
-    """Where each anchor's features lie [anchors * rows] in a map with a column of zeros at each side."""
+def _cells(anchors: AnchorLines) -> tuple[Tensor, Tensor]:
+    """Where each anchor's features lie in a map, and 1 where inside it, else 0: [anchors * rows]."""
     row = np.arange(anchors.height // STRIDE, dtype=np.float64)
     across = anchors.width // STRIDE
-    x = anchors.x((row + 0.5) * STRIDE - 0.5)
-    column = np.floor((x + 0.5) / STRIDE).clip(-1, across) + 1
-    return torch.from_numpy((row * (across + 2) + column).astype(np.int64).ravel())
+    column = np.floor((anchors.x((row + 0.5) * STRIDE - 0.5) + 0.5) / STRIDE)
+    inside = (column >= 0) & (column < across)
+    cells = row * across + column.clip(0, across - 1)
+    return torch.from_numpy(cells.astype(np.int64).ravel()), torch.from_numpy(inside.ravel()).float()
