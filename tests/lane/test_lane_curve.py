@@ -166,7 +166,7 @@ def test_the_loss_of_perfect_answers_is_that_of_existence_alone():
     targets = planted.stacked([learner.targets(lanes, planted.FRAME) for lanes in planted.road_lanes(4)])
     given = {"existence": torch.zeros_like(targets["existence"]), "points": targets["points"].clone()}
     good = learner.loss(given, targets)
-    assert good == pytest.approx(5 * np.log(2), rel=1e-5)
+    assert good == pytest.approx(10 * np.log(2), rel=1e-5)
     given["points"] += 0.1
     assert learner.loss(given, targets) > good + 5
 

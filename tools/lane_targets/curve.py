@@ -1,6 +1,7 @@
 """Targets and loss of ptq-lane's curve network."""
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,9 +10,11 @@ from ptq_lane import Adapter, Frame, Lanes
 from ptq_lane.families.curve import Curve, bernstein
 from ptq_lane.networks.backbone import STRIDE
 from ptq_lane.networks.curve import CurveNet
+from ptq_lane.networks.images import HEIGHT, WIDTH
 
 _CROSSING = 0.58
-_SPREAD = 0.8
+_ALONG = 0.2
+_EXISTENCE = 10.0
 _SAMPLES = 32
 _FEWEST_ROWS = 4
 _BERNSTEIN = bernstein(_SAMPLES).float()
@@ -27,8 +30,8 @@ def adapter(frame: Frame) -> Adapter:
 
 
 def targets(lanes: Lanes, frame: Frame) -> dict[str, NDArray]:
-    """existence [columns]: 1 where a line crosses the row at 0.58 of the height, less beside it, so that
-    the columns of neighbouring lines are far from each other; points [8, columns]: of the nearest line."""
+    """existence [columns]: 1 where a line crosses the row at 0.58 of the height, less farther from there;
+    in this row lines are well apart. points [8, columns]: of the nearest line."""
     columns = frame.width // STRIDE
     existence = np.zeros(columns, np.float32)
     points = np.zeros((8, columns), np.float32)
@@ -37,7 +40,7 @@ def targets(lanes: Lanes, frame: Frame) -> dict[str, NDArray]:
             continue
         crossing = np.interp(_CROSSING * (frame.height - 1), line[:, 1], line[:, 0])
         column = (crossing.clip(0, frame.width - 1) + 0.5) / STRIDE - 0.5
-        near = np.exp(-(((np.arange(columns) - column) / _SPREAD) ** 2) / 2)
+        near = np.exp(-((np.arange(columns) - column) ** 2) / 2)
         own = near > existence
         existence[own] = near[own]
         points[:, own] = _bezier((line + 0.5) / (frame.width, frame.height)).reshape(8, 1)
@@ -53,16 +56,25 @@ def _bezier(line: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def loss(outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy of existence, and the distance of the sampled curves where there is one."""
+    """Cross-entropy of existence, and the distance of the sampled curves in pixels where there is one;
+    across the curve it counts more than along it, which only moves the ends."""
     existence = F.binary_cross_entropy_with_logits(outputs["existence"], targets["existence"])
-    apart = _sampled(outputs["points"]) - _sampled(targets["points"])
-    distance = F.smooth_l1_loss(apart, apart.new_zeros(()).expand_as(apart), reduction="none", beta=0.005)
-    weight = targets["existence"] * (targets["existence"] > 0.1)
-    curves = (distance.mean((1, 2)) * weight).sum() / weight.sum().clamp(min=1)
-    return 5 * existence + 100 * curves
+    wanted = _sampled(targets["points"])
+    apart = _sampled(outputs["points"]) - wanted
+    along = F.normalize(torch.gradient(wanted, dim=1)[0], dim=2)
+    forward = (apart * along).sum(2)
+    aside = apart[:, :, 0] * along[:, :, 1] - apart[:, :, 1] * along[:, :, 0]
+    distance = _huber(aside, 0.5) + _ALONG * _huber(forward, 1.0)
+    weight = targets["existence"]
+    return _EXISTENCE * existence + (distance.mean(1) * weight).sum() / weight.sum().clamp(min=1)
+
+
+def _huber(values: Tensor, beta: float) -> Tensor:
+    return F.smooth_l1_loss(values, torch.zeros_like(values), reduction="none", beta=beta)
 
 
 def _sampled(points: Tensor) -> Tensor:
-    """Control points [n, 8, columns] to samples of their curves [n, samples, 2, columns]."""
+    """Control points [n, 8, columns] to samples of their curves [n, samples, 2, columns], in pixels."""
     images, _, columns = points.shape
-    return (_BERNSTEIN @ points.reshape(images, 4, -1)).reshape(images, _SAMPLES, 2, columns)
+    samples = (_BERNSTEIN @ points.reshape(images, 4, -1)).reshape(images, _SAMPLES, 2, columns)
+    return samples * samples.new_tensor((WIDTH, HEIGHT))[:, None]

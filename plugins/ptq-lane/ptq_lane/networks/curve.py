@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from ptq_lane.networks.backbone import STRIDE, Backbone
+from ptq_lane.networks.backbone import STRIDE, Backbone, ConvNormAct
 
+_REDUCED = 16
 _HIDDEN = 64
+_TOP = 0.5  # how high up a curve goes that the network knows nothing of
 
 
 class FlipFusion(nn.Module):
@@ -29,9 +31,12 @@ class FlipFusion(nn.Module):
 class ColumnConv(nn.Sequential):
     """Convolution along a row of columns, batch norm, ReLU: `conv`, `norm`, `act`."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel: int = 1, dilation: int = 1) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, (1, 3), padding=(0, 1), bias=False)
+        padding = (0, dilation * (kernel // 2))
+        self.conv = nn.Conv2d(
+            inputs, outputs, (1, kernel), padding=padding, dilation=(1, dilation), bias=False
+        )
         self.norm = nn.BatchNorm2d(outputs)
         self.act = nn.ReLU()
 
@@ -39,25 +44,41 @@ class ColumnConv(nn.Sequential):
 class CurveNet(nn.Module):
     """Images [n, 3, height, width] to the outputs of `ptq_lane.families.curve`, a curve every 8 pixels.
 
-    `existence` [n, width / 8]; `points` [n, 8, width / 8].
+    `existence` [n, width / 8]; `points` [n, 8, width / 8]. A column sees all its rows at once, and the
+    columns around it; curves are told relative to a line straight up from the column's place.
     """
 
-    def __init__(self, height: int = 96) -> None:
+    upright: Tensor
+
+    def __init__(self, height: int = 96, width: int = 192) -> None:
         """Args:
-        height: of the images, a multiple of 8.
+        height, width: of the images, multiples of 8.
         """
         super().__init__()
         self.backbone = Backbone()
         channels = self.backbone.out_channels
         self.fusion = FlipFusion(channels)
-        self.pool = nn.AvgPool2d((height // STRIDE, 1))
-        self.columns = nn.Sequential(ColumnConv(channels, _HIDDEN), ColumnConv(_HIDDEN, _HIDDEN))
+        self.reduce = ConvNormAct(channels, _REDUCED)
+        self.columns = nn.Sequential(
+            ColumnConv(_REDUCED * (height // STRIDE), _HIDDEN),
+            ColumnConv(_HIDDEN, _HIDDEN, kernel=5),
+            ColumnConv(_HIDDEN, _HIDDEN, kernel=5, dilation=2),
+        )
         self.existence = nn.Conv2d(_HIDDEN, 1, 1)
         self.points = nn.Conv2d(_HIDDEN, 8, 1)
+        self.register_buffer("upright", _upright(width // STRIDE), persistent=False)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        columns = self.columns(self.pool(self.fusion(self.backbone(images))))
+        features = self.reduce(self.fusion(self.backbone(images)))
+        columns = self.columns(features.flatten(1, 2)[:, :, None])
         return {
             "existence": self.existence(columns).flatten(1),
-            "points": self.points(columns).flatten(2),
+            "points": self.points(columns).flatten(2) + self.upright,
         }
+
+
+def _upright(columns: int) -> Tensor:
+    """The control points [8, columns] of lines straight up from the middle of each column."""
+    x = (torch.arange(columns) + 0.5) / columns
+    y = torch.linspace(1, _TOP, 4)
+    return torch.stack([x.expand(4, -1), y[:, None].expand(-1, columns)], 1).flatten(0, 1)
