@@ -22,7 +22,7 @@ import torch
 from ptqcore import Spread, find_recipe, markdown_table, quantize
 
 FAMILIES = ("segmentation", "row-anchor", "anchor", "keypoint", "curve")
-_STEP = "steps.0.selective-focus"
+_STEP = "steps.1.selective-focus"
 METHODS: dict[str, tuple[str, list[str]]] = {
     "minmax": ("-minmax", []),
     "mse": ("-mse", []),
@@ -31,6 +31,7 @@ METHODS: dict[str, tuple[str, list[str]]] = {
     "qdrop": ("-qdrop", []),
     "selective-focus": ("", []),
     "… without focus": ("", [f"{_STEP}.focus.mode=none"]),
+    "… without focus on ranges": ("", ["steps.0=focus-ranges", "steps.0.focus-ranges.floor=1"]),
     "… without selection": ("", [f"{_STEP}.selection.mode=none"]),
     "… without both": ("", [f"{_STEP}.focus.mode=none", f"{_STEP}.selection.mode=none"]),
     "… without learned biases": ("", [f"{_STEP}.learn_biases=false"]),
@@ -51,7 +52,8 @@ def cell(family: str, method: str, seed: int, arguments: argparse.Namespace) -> 
     if arguments.iterations is not None and "iterations" not in str(changes):
         name = "selective-focus" if not suffix else suffix.removeprefix("-")
         if name in ("selective-focus", "qdrop"):
-            changes.append(f"steps.0.{name}.iterations={arguments.iterations}")
+            place = 1 if not suffix else 0
+            changes.append(f"steps.{place}.{name}.iterations={arguments.iterations}")
     changes += ["export=[]", "evaluate.baseline=false", *arguments.set]
     folder = Path(arguments.output) / f"{family}-{method}-{seed}".replace(" ", "-").replace("…", "sf")
     done = folder / "bench.json"

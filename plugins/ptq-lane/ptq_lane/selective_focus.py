@@ -30,7 +30,8 @@ class SelectiveFocusOptions(QDropOptions):
     from, but choose the best of `judged` states.
     """
 
-    iterations: int = Field(default=1600, ge=1)
+    iterations: int = Field(default=800, ge=1)
+    learn_biases: bool = True
     focus: Focus = Focus()
     selection: Selection = Selection()
     pixels: float = Field(default=0.0, ge=0)
