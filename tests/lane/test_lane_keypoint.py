@@ -186,7 +186,7 @@ def test_what_is_learned_decodes_to_the_lanes():
     decoded = learner.adapter(planted.FRAME).decode(answers(targets))
     for found, wanted in zip(decoded, lines, strict=True):
         distance, alone = planted.far_apart(found, wanted)
-        assert distance < 3
+        assert distance < 4  # a cell: lines between points cut the corners of sharp bends
         assert alone <= 4
 
 
