@@ -186,8 +186,8 @@ def test_what_is_learned_decodes_to_the_lanes():
     decoded = learner.adapter(planted.FRAME).decode(answers(targets))
     for found, wanted in zip(decoded, lines, strict=True):
         distance, alone = planted.far_apart(found, wanted)
-        assert distance < 4  # a cell: lines between points cut the corners of sharp bends
-        assert alone <= 4
+        assert distance < 4  # straight lines between points cut the corners of sharp bends
+        assert alone <= 6  # a line's last row of cells may be lost
 
 
 def test_the_loss_of_perfect_answers_is_next_to_nothing():

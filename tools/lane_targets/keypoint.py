@@ -31,7 +31,8 @@ def targets(lanes: Lanes, frame: Frame) -> dict[str, NDArray]:
     cell [points]: index of the cell of each point and of the cells at its left and right, along rows, -1
     for none; to_start, subpixel [points, 2]: of each, (x, y).
 
-    A line has a point in every row of cells: at the middle of the row, or where the line ends."""
+    A line has points at the middle of every row of cells and where it ends; of two points in one row of
+    cells the lower one is told of."""
     height, width = frame.height // _STRIDE, frame.width // _STRIDE
     shape = (height, width)
     heat = {name: np.zeros(shape) for name in ("keypoints", "starts")}
