@@ -125,7 +125,7 @@ def test_every_family_has_its_targets():
         assert all(callable(getattr(learner, part)) for part in ("network", "adapter", "targets", "loss"))
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_weights_that_we_ship_find_nearly_all_lines(name):
     """F1 by CULane's rule, on scenes that no figure of ours was measured on."""
     detector = detectors.find(name)
