@@ -35,21 +35,29 @@ class FocusRanges(Step):
         task = lane_task(self)
         adapter = task.adapter
         self._maps: list[Tensor] = []
-        self._groups: list[dict[torch.Size, Tensor]] = []
+        self._groups: list[dict[tuple[int, ...], Tensor]] = []
         for sample in task.samples(model):
             outputs = task.forward(model, sample)
             self._maps.append(lane_map(adapter.decode(outputs)[0], adapter.frame))
             heads, weights = adapter.heads(outputs), self.options.focus.weights(adapter, outputs)
-            self._groups.append({heads[name].shape: weight for name, weight in weights.items()})
+            self._groups.append(
+                {_sides(heads[name]): weight.expand_as(heads[name]) for name, weight in weights.items()}
+            )
 
     def transform(self, block: Block, calibration: Calibration) -> None:
         """Have the observers of a block weigh what they see."""
         calibration.weigh(self._weight)
 
     def _weight(self, x: Tensor, sample: int) -> Tensor | None:
-        if x.shape in self._groups[sample]:
-            return self._groups[sample][x.shape]
+        group = self._groups[sample].get(_sides(x))
+        if group is not None:
+            return group.reshape(x.shape)
         if x.ndim != 4 or min(x.shape[2:]) < 2:
             return None
         near = F.adaptive_max_pool2d(self._maps[sample], x.shape[2:])
         return self.options.floor + (1 - self.options.floor) * near
+
+
+def _sides(x: Tensor) -> tuple[int, ...]:
+    """The lengths of a tensor's sides but for those of 1, which groups of outputs may have lost."""
+    return tuple(length for length in x.shape if length > 1)
