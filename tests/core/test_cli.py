@@ -11,30 +11,11 @@ import pytest
 import yaml
 
 import ptqcore
-from ptqcore import cli
 from ptqcore.plan import make_plan
 from ptqcore.plugin import discover
 from ptqcore.recipe import Recipe, read_recipe
 
 LLM_RECIPES = ["fp8", "kv4", "w2a16", "w3a16", "w4a16", "w4a4", "w4a8", "w6a6", "w8a8"]
-
-
-@pytest.fixture
-def ptq(monkeypatch, capsys):
-    """Run the command line in this process: exit code, standard output, standard error."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ptq", *arguments])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def fresh(code: str, *arguments: str) -> str:

@@ -3,8 +3,8 @@
 import csv
 import json
 import math
-import sys
 from dataclasses import replace
+from functools import partial
 from io import StringIO
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ import ptqcore
 from ptq_diffusion import ablation, tiar
 from ptq_diffusion.ablation import Ablation, make_runs, run
 from ptq_diffusion.ablation_table import METRICS, Row, Variant, to_csv, to_html, to_markdown
-from ptqcore import cli, find_recipe
+from ptqcore import find_recipe
 from ptqcore.recipe import Entry
 
 SMALL = ("task.calibration_samples=4", "task.calibration_keep=2", "quant.activations.observer=minmax")
@@ -241,19 +241,9 @@ def test_all_tables_are_written_with_notes_on_what_they_mean(base, fake, tmp_pat
 
 
 @pytest.fixture
-def ptq(monkeypatch, capsys):
-    """Run `ptq diffusion ablation` in this process: exit code, standard output, standard error."""
-
-    def ptq(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ptq", "diffusion", "ablation", *arguments])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capsys.readouterr()
-
-    return ptq
+def ptq(ptq):
+    """Run `ptq diffusion ablation`."""
+    return partial(ptq, "diffusion", "ablation")
 
 
 def arguments(base, output):

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +11,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import ptq_diffusion
-from ptqcore import ModelError, cli
+from ptqcore import ModelError
 
 PROGRESS = re.compile(r".+: \d+(/\d+)? (done )?in \d+ .*|\d+ denoiser calls for calibration data, .*")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -38,7 +37,7 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def quantize(monkeypatch, capfd, tmp_path):
+def quantize(ptq, tmp_path):
     """Run `ptq quantize` in this process: exit code, standard error, and the output folder."""
 
     def quantize(pipeline, *sets):
@@ -46,14 +45,8 @@ def quantize(monkeypatch, capfd, tmp_path):
         output = tmp_path / "out"
         arguments = ["quantize", "--plugin", "diffusion", "--output", str(output)]
         arguments += [f"--set={override}" for override in overrides]
-        monkeypatch.setattr(sys, "argv", ["ptq", *arguments])
-        capfd.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        return SimpleNamespace(code=code, stderr=capfd.readouterr().err, output=output)
+        code, _, stderr = ptq(*arguments)
+        return SimpleNamespace(code=code, stderr=stderr, output=output)
 
     return quantize
 

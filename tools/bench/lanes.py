@@ -31,7 +31,6 @@ METHODS: dict[str, tuple[str, list[str]]] = {
     "qdrop": ("-qdrop", []),
     "selective-focus": ("", []),
     "… without focus": ("", [f"{_STEP}.focus.mode=none"]),
-    "… without focus on ranges": ("", ["steps.0=focus-ranges", "steps.0.focus-ranges.floor=1"]),
     "… without selection": ("", [f"{_STEP}.selection.mode=none"]),
     "… without both": ("", [f"{_STEP}.focus.mode=none", f"{_STEP}.selection.mode=none"]),
     "… without learned biases": ("", [f"{_STEP}.learn_biases=false"]),
