@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from ptqcore.learned_rounding import QDropOptions as QDropOptions
     from ptqcore.learned_rounding import Reconstruct as Reconstruct
     from ptqcore.learned_rounding import ReconstructOptions as ReconstructOptions
+    from ptqcore.memory_limit import limited_memory as limited_memory
     from ptqcore.modules import QuantConv2d as QuantConv2d
     from ptqcore.modules import QuantLinear as QuantLinear
     from ptqcore.modules import QuantModule as QuantModule
@@ -64,6 +65,10 @@ if TYPE_CHECKING:
     from ptqcore.progress import track as track
     from ptqcore.quantizers import FakeQuant as FakeQuant
     from ptqcore.quantizers import LearnedRounding as LearnedRounding
+    from ptqcore.reading import one_line as one_line
+    from ptqcore.reading import parse_json as parse_json
+    from ptqcore.reading import read_bytes as read_bytes
+    from ptqcore.reading import read_json as read_json
     from ptqcore.recipe import QuantSection as QuantSection
     from ptqcore.recipe import Recipe as Recipe
     from ptqcore.recipe import TensorQuant as TensorQuant
@@ -93,8 +98,10 @@ if TYPE_CHECKING:
     from ptqcore.tables import replace_by_table as replace_by_table
     from ptqcore.task import Task as Task
     from ptqcore.task import TaskOptions as TaskOptions
+    from ptqcore.tensor_header import read_tensor_header as read_tensor_header
     from ptqcore.timesteps import Timesteps as Timesteps
     from ptqcore.timesteps import timesteps_of as timesteps_of
+    from ptqcore.user_code import check_imported as check_imported
     from ptqcore.user_code import import_network as import_network
     from ptqcore.user_code import import_object as import_object
     from ptqcore.walk import BlockIO as BlockIO
@@ -120,8 +127,15 @@ _HOME = {
     "check_globs": "step",
     "attach": "attachments",
     "attachments_of": "attachments",
+    "check_imported": "user_code",
     "import_network": "user_code",
     "import_object": "user_code",
+    "limited_memory": "memory_limit",
+    "one_line": "reading",
+    "parse_json": "reading",
+    "read_bytes": "reading",
+    "read_json": "reading",
+    "read_tensor_header": "tensor_header",
     "put_weights": "checkpoints",
     "read_checkpoint": "checkpoints",
     "weight_rows": "modules",

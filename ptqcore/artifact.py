@@ -6,8 +6,7 @@ assets/             what the task needs to build the model's structure
 recipe.yaml, metrics.json, report.html
 """
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,13 +20,17 @@ from ptqcore import files
 from ptqcore.attachments import AttachmentEntry, FindAttachment, build_attachments, describe_attachments
 from ptqcore.dataflow import Site
 from ptqcore.edges import ActivationQuantizers, quantizers_of
-from ptqcore.errors import ArtifactError, ModelError
+from ptqcore.errors import ArtifactError, ModelError, PtqError
 from ptqcore.folding import fold_structure, folded_norms
+from ptqcore.memory_limit import limited_memory
 from ptqcore.modules import QuantModule, quantized_class, replace_module
 from ptqcore.placement import Edge
 from ptqcore.plugin import discover
+from ptqcore.reading import one_line, plain_size, read_json
 from ptqcore.spec import QuantSpec
 from ptqcore.tables import replace_by_table, tables_in
+from ptqcore.tensor_header import StoredTensor, read_tensor_header
+from ptqcore.timesteps import CHILD as TIMESTEPS
 from ptqcore.timesteps import Timesteps, Unseen, timesteps_of
 
 FORMAT = 1
@@ -242,9 +245,12 @@ def load_tensors(module: nn.Module, tensors: dict[str, Tensor], tied: dict[str, 
 
     Raises:
         KeyError: if a tied tensor is not stored.
-        RuntimeError: if names or shapes differ.
+        RuntimeError: if names, shapes or kinds of numbers differ.
     """
     state = tensors | {name: tensors[stored] for name, stored in tied.items()}
+    for name, own in module.state_dict().items():
+        if name in state and state[name].is_floating_point() != own.is_floating_point():
+            raise RuntimeError(f"{name!r} is {state[name].dtype} in the file, the model has {own.dtype}")
     module.load_state_dict(state, strict=True, assign=True)
 
 
@@ -274,7 +280,7 @@ def read_manifest(folder: Path) -> Manifest:
         ArtifactError: if the folder is not a whole artifact.
     """
     try:
-        data: Any = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        data: Any = read_json(folder / MANIFEST_FILE)
     except (OSError, ValueError) as error:
         raise ArtifactError(
             f"{folder} is not an artifact: {MANIFEST_FILE} cannot be read ({error})"
@@ -291,8 +297,9 @@ def read_manifest(folder: Path) -> Manifest:
         key = ".".join(str(part) for part in problem["loc"])
         raise ArtifactError(f"{folder}/{MANIFEST_FILE}: key {key!r}: {problem['msg']}") from None
     try:
+        plain_size(folder / MODEL_FILE)
         actual = files.digest(folder / MODEL_FILE)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"{folder} is not a whole artifact: {error}") from None
     if actual != manifest.sha256:
         raise ArtifactError(f"{folder}/{MODEL_FILE} does not have the checksum that {MANIFEST_FILE} states")
@@ -304,6 +311,8 @@ def restore(
 ) -> nn.Module:
     """Build the structure, put in the quantized layers and attachments, and load every tensor.
 
+    The structure may not take more memory than its stored tensors need.
+
     Args:
         folder: the artifact.
         build: makes the structure.
@@ -314,17 +323,54 @@ def restore(
         PluginError: if a plugin whose attachments it has is not installed.
     """
     manifest = read_manifest(folder)
-    model = build(manifest)
-    manifest.build(model, find)
     try:
+        stored = read_tensor_header(folder / MODEL_FILE)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{folder}/{MODEL_FILE} cannot be read: {error}") from None
+    _check_timesteps(folder, manifest, stored)
+    try:
+        with limited_memory(_numbers(manifest, stored), len(stored), str(folder)):
+            model = build(manifest)
+            manifest.build(model, find)
         state = load_file(folder / MODEL_FILE)
+        load_tensors(model, state, manifest.tied)
+    except PtqError:
+        raise
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{folder}/{MODEL_FILE} cannot be read: {error}") from None
-    try:
-        load_tensors(model, state, manifest.tied)
-    except (KeyError, RuntimeError) as error:
-        raise ArtifactError(f"{folder} does not fit its model: {' '.join(str(error).split())}") from None
+    except Exception as error:  # the structure is whatever the folder says
+        raise ArtifactError(f"{folder} does not fit its model: {one_line(error)}") from error
+    _check_scales(folder, model)
     return model.eval().requires_grad_(False)
+
+
+def _check_timesteps(folder: Path, manifest: Manifest, stored: Mapping[str, StoredTensor]) -> None:
+    """Make sure that there are as many timesteps as the manifest says, before anything is made for each."""
+    values = stored.get(f"{TIMESTEPS}.values")
+    count = 0 if values is None else values.elements
+    specs = [entry.spec for entry in manifest.edges]
+    specs += [entry.input for entry in manifest.layers.values() if entry.input is not None]
+    claimed = [spec.timesteps for spec in specs if spec.timesteps is not None]
+    claimed += [] if manifest.timesteps is None else [manifest.timesteps.count]
+    for one in claimed:
+        if one != count:
+            raise ArtifactError(
+                f"{folder}/{MANIFEST_FILE} has {one} timesteps, but {MODEL_FILE} holds {count}"
+            )
+
+
+def _numbers(manifest: Manifest, stored: Mapping[str, StoredTensor]) -> int:
+    """Numbers in a model file, codes of weights counted one by one."""
+    codes = {f"{path}.weight_codes": entry.weight.bits for path, entry in manifest.layers.items()}
+    return sum(
+        tensor.elements * (32 // codes[name] if name in codes else 1) for name, tensor in stored.items()
+    )
+
+
+def _check_scales(folder: Path, model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, QuantModule) and not bool(module.weight_scale.isfinite().all()):
+            raise ArtifactError(f"{folder}/{MODEL_FILE}: layer {path!r} has a scale that is not finite")
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:

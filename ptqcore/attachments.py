@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from ptqcore.errors import ArtifactError, ModelError
+from ptqcore.errors import ArtifactError, ModelError, PtqError
 
 CHILD = "attachments"
 
@@ -139,7 +139,9 @@ def build_attachments(model: nn.Module, entries: list[AttachmentEntry], find: Fi
         try:
             module = model.get_submodule(entry.path)
             attachment = kind(**entry.settings)
-        except (AttributeError, TypeError, ValueError) as error:
+        except PtqError:
+            raise
+        except Exception as error:  # the settings are whatever a file says
             raise ArtifactError(f"attachment {entry.name!r} of {entry.path!r}: {error}") from None
         attachments = attachments_of(module)
         if attachments is not None and entry.path not in cleared:

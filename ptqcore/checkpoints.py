@@ -1,5 +1,6 @@
 """State dicts from files of others: safetensors, or torch's own format read without running any code."""
 
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ptqcore.errors import ModelError
+from ptqcore.reading import one_line
+from ptqcore.tensor_header import read_tensor_header
 
 _NESTED = ("state_dict", "model", "model_state_dict")
 _WRAPPER = "module."
@@ -26,27 +29,30 @@ def read_checkpoint(
         harmless: classes that may lie beside tensors, as for `torch.serialization.safe_globals`.
 
     Raises:
-        ModelError: if there is no such file, or it holds anything else.
+        ModelError: if there is no such file, it holds anything else, or claims more than it can hold.
     """
     label = f"{key} {str(path)!r}"
     if not path.is_file():
         raise ModelError(f"{label} is no file: give a .safetensors file, or one that torch.save wrote")
     try:
         if path.suffix == ".safetensors":
+            read_tensor_header(path)
             content: Any = load_file(path)
         else:
+            _check_records(path)
             with torch.serialization.safe_globals(list(harmless)):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ModelError(
             f"{label} cannot be read as a state dict (a damaged file, or one with more than tensors in "
-            f"it; torch.save(model.state_dict(), file) makes a good one): {_line(error)}"
+            f"it; torch.save(model.state_dict(), file) makes a good one): {one_line(error, 200)}"
         ) from error
     for name in _NESTED:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
     if not isinstance(content, dict) or not content or not all(map(_is_entry, content.items())):
         raise ModelError(f"{label} holds no state dict: names and tensors, or those under 'state_dict'")
+    _check_sizes(content, path.stat().st_size, label)
     if all(name.startswith(_WRAPPER) for name in content):
         content = {name.removeprefix(_WRAPPER): tensor for name, tensor in content.items()}
     return dict(content)
@@ -89,6 +95,34 @@ def _is_entry(entry: tuple[Any, Any]) -> bool:
     return isinstance(entry[0], str) and isinstance(entry[1], Tensor)
 
 
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:197] + "..."
+def _check_records(path: Path) -> None:
+    """Refuse archives whose records are larger than the file: torch.save compresses none.
+
+    Raises:
+        ValueError: naming the record.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED or record.file_size > size:
+                raise ValueError(
+                    f"its record {record.filename!r} is compressed, or larger than the file: torch.save "
+                    "writes neither"
+                )
+
+
+def _check_sizes(content: dict[str, Tensor], size: int, label: str) -> None:
+    """Refuse tensors that take more memory than the file has bytes as soon as they are copied."""
+    for name, tensor in content.items():
+        plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
+        if (
+            not plain
+            or tensor.numel() * tensor.element_size() > size
+            or max(tensor.shape, default=0) > size
+        ):
+            raise ModelError(
+                f"{label}: its tensor {name!r} of shape {list(tensor.shape)} is larger than the file, or "
+                "of another kind than plain numbers"
+            )

@@ -1,6 +1,5 @@
 """Nothing lost: the state of every finished block on disk, so that a killed run can go on."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,11 @@ from ptqcore.artifact import (
 )
 from ptqcore.attachments import AttachmentEntry, FindAttachment, build_attachments, describe_attachments
 from ptqcore.blocks import Block
-from ptqcore.errors import ArtifactError
+from ptqcore.errors import ArtifactError, PtqError
+from ptqcore.memory_limit import limited_memory
+from ptqcore.reading import one_line, plain_size, read_json
 from ptqcore.report.record import ActivationRecord, BlockRecord, LayerRecord
+from ptqcore.tensor_header import read_tensor_header
 
 _RANGE = "activation quantizer "
 
@@ -58,14 +60,15 @@ class Journal:
         if resume and header.is_file():
             self._require_same(header, fingerprint)
         else:
-            for file in folder.glob("block-*"):
-                file.unlink()
+            with files.writing(folder):
+                for file in folder.glob("block-*"):
+                    file.unlink()
             files.write_json(header, fingerprint)
 
     def _require_same(self, header: Path, fingerprint: dict[str, str]) -> None:
         try:
-            earlier = json.loads(header.read_text(encoding="utf-8"))
-        except ValueError:
+            earlier = read_json(header)
+        except (OSError, ValueError):
             earlier = None
         if not isinstance(earlier, dict):
             raise ArtifactError(f"the journal in {self._folder} is damaged: run again without --resume")
@@ -111,16 +114,26 @@ class Journal:
             What was saved: its figures, and the ranges of its activation quantizers.
 
         Raises:
-            ArtifactError: if the block is not in the journal.
+            ArtifactError: if the block is not in the journal, or does not fit the model.
         """
         saved = self._read(index, block)
         if saved is None:
             raise ArtifactError(f"the journal in {self._folder} lacks block {block.path!r}")
-        build_layers(block.model, saved.layers)
-        build_tables(block.model, saved.tables)
-        build_attachments(block.model, saved.attachments, self._find)
         tensors = {name: value for name, value in saved.tensors.items() if not name.startswith(_RANGE)}
-        load_tensors(block.module, tensors, saved.tied)
+        numbers = sum(parameter.numel() for parameter in block.module.parameters())
+        try:
+            with limited_memory(numbers, len(tensors), f"the journal in {self._folder}"):
+                build_layers(block.model, saved.layers)
+                build_tables(block.model, saved.tables)
+                build_attachments(block.model, saved.attachments, self._find)
+            load_tensors(block.module, tensors, saved.tied)
+        except PtqError:
+            raise
+        except Exception as error:
+            raise ArtifactError(
+                f"the journal in {self._folder} does not fit block {block.path!r}: run again without "
+                f"--resume ({one_line(error)})"
+            ) from error
         block.module.requires_grad_(False)
         names = saved.tensors.keys() - tensors.keys()
         return saved.result, {name[len(_RANGE) :]: saved.tensors[name] for name in names}
@@ -128,9 +141,12 @@ class Journal:
     def _read(self, index: int, block: Block) -> "_Saved | None":
         """What is on disk for a block; None if it was not finished, or is damaged."""
         try:
-            entry: dict[str, Any] = json.loads(self._entry(index).read_text(encoding="utf-8"))
-            if entry["path"] != block.path or files.digest(self._tensors(index)) != entry["sha256"]:
+            entry: dict[str, Any] = read_json(self._entry(index))
+            if entry["path"] != block.path or not plain_size(self._tensors(index)):
                 return None
+            if files.digest(self._tensors(index)) != entry["sha256"]:
+                return None
+            read_tensor_header(self._tensors(index))
             figures = entry["result"]
             return _Saved(
                 tensors=load_file(self._tensors(index)),

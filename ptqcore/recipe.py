@@ -18,9 +18,14 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from ptqcore.errors import RecipeError, nearest
+from ptqcore.reading import read_bytes
 from ptqcore.spec import QuantSpec
+from ptqcore.yaml_text import parse_yaml
 
 M = TypeVar("M", bound=BaseModel)
+
+_MOST_BYTES = 2**17
+_MOST_SHOWN = 200
 
 
 class Entry(BaseModel):
@@ -182,11 +187,13 @@ def read_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         RecipeError: if the file is missing or not YAML, or a key or value is wrong.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bytes(path, _MOST_BYTES).decode("utf-8")
+    except (OSError, ValueError) as error:
         raise RecipeError(f"recipe {path} cannot be read: {error}") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise RecipeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    try:
+        data = parse_yaml(text)
+    except ValueError as error:
+        raise RecipeError(f"recipe {path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise RecipeError(f"recipe {path} must be a mapping of keys, not {type(data).__name__}")
     data.setdefault("name", path.stem)
@@ -208,8 +215,8 @@ def apply_override(data: dict[str, Any], override: str) -> None:
             f"--set {override!r} is not of the form KEY=VALUE, for example quant.weights.bits=4"
         )
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
+        value = parse_yaml(text)
+    except ValueError as error:
         raise RecipeError(f"--set {key}: the value {text!r} is not valid YAML") from error
     *path, last = parts
     at: Any = data
@@ -270,7 +277,15 @@ def _sentence(model: type[BaseModel], error: ValidationError, prefix: str) -> st
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"recipe key {key or 'quant'!r} is not possible: {message}"
-    return f"recipe key {key!r} is {problem['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"recipe key {key!r} is {_shown(problem['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "..."
 
 
 def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
