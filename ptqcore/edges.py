@@ -46,6 +46,7 @@ def applying(module: nn.Module, path: str, functions: Mapping[Edge, TensorFuncti
     handles = [
         register_module_forward_pre_hook(mode.enter),
         register_module_forward_hook(mode.leave, always_call=True),
+        *[one.register_forward_hook(mode.leave_hooked, always_call=True) for one in mode.hooked],
     ]
     try:
         with mode, decomposed():
@@ -105,11 +106,16 @@ def _changed(tree: Any, actions: Mapping[int, TensorFunction]) -> Any:
 
 
 class _EdgeMode(TorchFunctionMode):
+    """hooked: modules with forward hooks of their own. What these compute belongs to the module, as in
+    `dataflow.trace`, not to the module around it: the call ends behind them."""
+
     def __init__(self, module: nn.Module, path: str, actions: Actions) -> None:
         super().__init__()
         self._paths = {child: name for name, child in module.named_modules(prefix=path)}
         self._running = Running(path)
         self._actions = actions
+        self.hooked = [child for child in self._paths if child._forward_hooks]
+        self._ends_late = set(self.hooked)
 
     def enter(self, module: nn.Module, args: Any) -> None:
         path = self._paths.get(module)
@@ -117,8 +123,11 @@ class _EdgeMode(TorchFunctionMode):
             self._running.enter(path)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if module in self._paths:
+        if module in self._paths and module not in self._ends_late:
             self._running.leave()
+
+    def leave_hooked(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._running.leave()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         actions = self._actions.get(self._running.site(func))

@@ -93,6 +93,19 @@ def x():
 # Applied for a while
 
 
+def test_what_hooks_of_layers_compute_takes_no_place_of_the_model_around_them(model, x):
+    made = quantizers()
+    functions = {place: made[name] for name, place in PLACES.items()}
+    with applying(model, "", functions):
+        expected = model(x)
+    seen = []
+    handle = model.a.register_forward_hook(lambda layer, args, output: seen.append(F.relu(output)))
+    with applying(model, "", functions):
+        assert torch.equal(model(x), expected)
+    handle.remove()
+    torch.testing.assert_close(seen, [F.relu(model.a(made["image"](x)))], rtol=0, atol=0)
+
+
 def test_quantizers_at_edges_are_those_written_into_the_model_by_hand(model, x):
     made = quantizers()
     expected = model(x, lambda name, tensor: made[name](tensor))
