@@ -186,20 +186,30 @@ def read_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: if the file is missing or not YAML, or a key or value is wrong.
     """
-    try:
-        text = read_bytes(path, _MOST_BYTES).decode("utf-8")
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"recipe {path} cannot be read: {error}") from error
-    try:
-        data = parse_yaml(text)
-    except ValueError as error:
-        raise RecipeError(f"recipe {path} is not valid YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise RecipeError(f"recipe {path} must be a mapping of keys, not {type(data).__name__}")
+    data = read_mapping(path)
     data.setdefault("name", path.stem)
     for override in overrides:
         apply_override(data, override)
     return validate(Recipe, data)
+
+
+def read_mapping(path: Path, kind: str = "recipe") -> dict[str, Any]:
+    """What a YAML file holds; `kind` is what to call it in errors.
+
+    Raises:
+        RecipeError: if the file is missing, not YAML, or no mapping.
+    """
+    try:
+        text = read_bytes(path, _MOST_BYTES).decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{kind} {path} cannot be read: {error}") from error
+    try:
+        data = parse_yaml(text)
+    except ValueError as error:
+        raise RecipeError(f"{kind} {path} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{kind} {path} must be a mapping of keys, not {type(data).__name__}")
+    return data
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
@@ -246,13 +256,14 @@ def _index(at: list[Any], part: str, key: str) -> int:
     return int(part)
 
 
-def validate(model: type[M], data: Any, prefix: str = "") -> M:
+def validate(model: type[M], data: Any, prefix: str = "", kind: str = "recipe") -> M:
     """Validate `data`; the first thing wrong becomes one sentence.
 
     Args:
         model: the pydantic model.
         data: what was read.
         prefix: the place of `data` in the recipe, for example `task`.
+        kind: what to call the file that it is from.
 
     Raises:
         RecipeError: naming the key, the value, what was expected and the nearest valid key.
@@ -260,7 +271,7 @@ def validate(model: type[M], data: Any, prefix: str = "") -> M:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(_sentence(model, error, prefix)) from None
+        raise RecipeError(f"{kind} key {_sentence(model, error, prefix)}") from None
 
 
 def _sentence(model: type[BaseModel], error: ValidationError, prefix: str) -> str:
@@ -271,13 +282,13 @@ def _sentence(model: type[BaseModel], error: ValidationError, prefix: str) -> st
     key = ".".join(([prefix] if prefix else []) + location)
     if problem["type"] == "extra_forbidden":
         known = _fields(model, location[:-1])
-        return f"recipe key {key!r} is unknown{nearest(location[-1], known)}"
+        return f"{key!r} is unknown{nearest(location[-1], known)}"
     if problem["type"] == "missing":
-        return f"recipe key {key!r} is missing: {problem['msg'].lower()}"
+        return f"{key!r} is missing: {problem['msg'].lower()}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
-        return f"recipe key {key or 'quant'!r} is not possible: {message}"
-    return f"recipe key {key!r} is {_shown(problem['input'])}: {message[0].lower()}{message[1:]}"
+        return f"{key or 'quant'!r} is not possible: {message}"
+    return f"{key!r} is {_shown(problem['input'])}: {message[0].lower()}{message[1:]}"
 
 
 def _shown(value: Any) -> str:
