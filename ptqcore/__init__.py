@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ptqcore.errors import RecipeError as RecipeError
     from ptqcore.errors import nearest as nearest
     from ptqcore.export.base import Exporter as Exporter
+    from ptqcore.export.onnx_file import read_onnx_graph as read_onnx_graph
     from ptqcore.export.onnx_weight_only import OnnxProduct as OnnxProduct
     from ptqcore.export.onnx_weight_only import OnnxWeightOnly as OnnxWeightOnly
     from ptqcore.files import digest_files as digest_files
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from ptqcore.learned_rounding import QDropOptions as QDropOptions
     from ptqcore.learned_rounding import Reconstruct as Reconstruct
     from ptqcore.learned_rounding import ReconstructOptions as ReconstructOptions
-    from ptqcore.memory_limit import limited_memory as limited_memory
     from ptqcore.modules import QuantConv2d as QuantConv2d
     from ptqcore.modules import QuantLinear as QuantLinear
     from ptqcore.modules import QuantModule as QuantModule
@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from ptqcore.quantizers import FakeQuant as FakeQuant
     from ptqcore.quantizers import LearnedRounding as LearnedRounding
     from ptqcore.reading import one_line as one_line
+    from ptqcore.reading import one_sentence as one_sentence
     from ptqcore.reading import parse_json as parse_json
     from ptqcore.reading import read_bytes as read_bytes
     from ptqcore.reading import read_json as read_json
@@ -98,6 +99,7 @@ if TYPE_CHECKING:
     from ptqcore.tables import replace_by_table as replace_by_table
     from ptqcore.task import Task as Task
     from ptqcore.task import TaskOptions as TaskOptions
+    from ptqcore.tensor_header import StoredTensor as StoredTensor
     from ptqcore.tensor_header import read_tensor_header as read_tensor_header
     from ptqcore.timesteps import Timesteps as Timesteps
     from ptqcore.timesteps import timesteps_of as timesteps_of
@@ -105,6 +107,9 @@ if TYPE_CHECKING:
     from ptqcore.user_code import import_network as import_network
     from ptqcore.user_code import import_object as import_object
     from ptqcore.walk import BlockIO as BlockIO
+    from ptqcore.weights import Weights as Weights
+    from ptqcore.weights import check_config as check_config
+    from ptqcore.weights import read_weights as read_weights
 
 _HOME = {
     "Op": "dataflow",
@@ -130,12 +135,16 @@ _HOME = {
     "check_imported": "user_code",
     "import_network": "user_code",
     "import_object": "user_code",
-    "limited_memory": "memory_limit",
+    "Weights": "weights",
+    "check_config": "weights",
+    "read_weights": "weights",
     "one_line": "reading",
+    "one_sentence": "reading",
     "parse_json": "reading",
     "read_bytes": "reading",
     "read_json": "reading",
     "read_tensor_header": "tensor_header",
+    "StoredTensor": "tensor_header",
     "put_weights": "checkpoints",
     "read_checkpoint": "checkpoints",
     "weight_rows": "modules",
@@ -160,6 +169,7 @@ _HOME = {
     "nearest": "errors",
     "Exporter": "export.base",
     "OnnxProduct": "export.onnx_weight_only",
+    "read_onnx_graph": "export.onnx_file",
     "OnnxWeightOnly": "export.onnx_weight_only",
     "QuantConv2d": "modules",
     "QuantLinear": "modules",

@@ -20,8 +20,8 @@ def limited_memory(stored: int, tensors: int, label: str) -> Iterator[None]:
     """Refuse, before it is allocated, what a model of so many stored numbers does not need.
 
     A model is made in floating point before its stored tensors take their place, some of it twice: it may
-    take 64 MiB and four times the bytes of its numbers in float32, and a thousand operations and a hundred
-    for each tensor.
+    take 64 MiB and four times the bytes of its numbers in float32, and 20 000 operations and 200 for each
+    tensor.
 
     Args:
         stored: numbers that the file holds, packed ones counted one by one.
@@ -31,7 +31,7 @@ def limited_memory(stored: int, tensors: int, label: str) -> Iterator[None]:
     Raises:
         ModelError: if it takes more.
     """
-    with _Limit(ALWAYS + 16 * stored, 10_000 + 100 * tensors, label):
+    with _Limit(ALWAYS + 16 * stored, 20_000 + 200 * tensors, label):
         yield
 
 
@@ -57,7 +57,11 @@ class _Limit(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _new_bytes(func: Any, args: Any, kwargs: dict[str, Any]) -> int:
     """Bytes that an operation allocates."""
     given, named = tree_map(_outline, (args, kwargs))
+    if any(leaf.is_meta for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)):
+        return 0
     if "device" in named:
+        if named["device"] is not None and torch.device(named["device"]).type == "meta":
+            return 0
         named["device"] = torch.device("meta")
     elif not any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
         return 0

@@ -2,8 +2,12 @@
 
 import json
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from ptqcore.errors import PtqError
 
 MOST_TEXT = 64 * 2**20
 MOST_DEEP = 100
@@ -75,6 +79,22 @@ def _inside(value: Any) -> list[Any]:
     elif not isinstance(value, list):
         return []
     return [inner for inner in value if isinstance(inner, dict | list)]
+
+
+@contextmanager
+def one_sentence(label: str, kind: type[PtqError]) -> Iterator[None]:
+    """Turn whatever a parser raises over a file, its own errors and those of Python, into one sentence.
+
+    Args:
+        label: begins it, for example `x.onnx cannot be read back`.
+        kind: the class of the error.
+    """
+    try:
+        yield
+    except PtqError:
+        raise
+    except Exception as error:
+        raise kind(f"{label}: {one_line(error)}") from error
 
 
 def one_line(error: BaseException, most: int = 300) -> str:

@@ -12,7 +12,9 @@ from torch import nn
 
 from ptqcore.errors import ExportError
 from ptqcore.export.feeding import LARGEST
+from ptqcore.export.onnx_file import read_onnx_graph
 from ptqcore.modules import QuantModule
+from ptqcore.reading import one_sentence
 
 _ROUNDING = 1e-6
 _PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
@@ -24,17 +26,19 @@ def largest_difference(path: Path, model: nn.Module) -> float:
     Biases in whole steps are compared to half a step.
 
     Raises:
-        ExportError: if a layer is missing or has another shape.
+        ExportError: if it cannot be read, or a layer is missing or has another shape.
     """
-    file = _File(path)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantModule)}
-    return max((file.difference(name, layer) for name, layer in layers.items()), default=0.0)
+    with one_sentence(f"{path} cannot be read back", ExportError):
+        file = _File(path)
+        return max((file.difference(name, layer) for name, layer in layers.items()), default=0.0)
 
 
 def fixed_dimensions(path: Path, asked: Mapping[str, Mapping[int, str]]) -> list[str]:
     """Sentences on inputs that have no open dimension, or not all that were asked for, and on how large
     these may be."""
-    model = onnx.load(str(path), load_external_data=False)
+    with one_sentence(f"{path} cannot be read back", ExportError):
+        model = onnx.load(str(path), load_external_data=False)
     sentences = [
         f"is known to be right for a {entry.key.removeprefix(LARGEST)} of at most {entry.value}"
         for entry in model.metadata_props
@@ -65,14 +69,11 @@ class _Constant:
 
 class _File:
     def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            graph = onnx.load(str(path)).graph
-        except Exception as error:  # protobuf raises classes of its own
-            raise ExportError(f"{path} cannot be read back: {error}") from error
+        self.path, graph = path, read_onnx_graph(path)
         self.nodes = list(graph.node)
         self.constants = {tensor.name: tensor for tensor in graph.initializer}
         self.producers = {name: node for node in self.nodes for name in node.output}
+        self._constants: dict[str, bool] = {}
 
     def difference(self, name: str, layer: QuantModule) -> float:
         """The largest difference to a layer over all its calls."""
@@ -144,8 +145,11 @@ class _File:
             raise ExportError(f"layer {name} is corrected by other sums than those of its weight")
 
     def _is_constant(self, name: str) -> bool:
-        maker = self.producers.get(name)
-        return name in self.constants if maker is None else all(map(self._is_constant, maker.input))
+        if name not in self._constants:
+            maker = self.producers.get(name)
+            known = name in self.constants if maker is None else all(map(self._is_constant, maker.input))
+            self._constants[name] = known
+        return self._constants[name]
 
     def _array(self, name: str) -> np.ndarray:
         if name not in self.constants:
@@ -179,10 +183,19 @@ class _File:
     def _spread(self, parameter: np.ndarray, codes: np.ndarray, node: Any) -> np.ndarray:
         """A scale or zero point per tensor, channel or block, for every code."""
         axis, block = _attribute(node, "axis", 1), _attribute(node, "block_size", 0)
-        if block:
-            return parameter.repeat(block, axis).take(range(codes.shape[axis]), axis)
         if parameter.ndim == 0:
             return parameter
+        length = codes.shape[axis]
+        fits = parameter.size in (1, length)
+        if block:
+            fits = parameter.shape[axis] == -(-length // block)
+        if not fits:
+            raise ExportError(
+                f"{node.name} has parameters of shape {list(parameter.shape)} for codes of shape "
+                f"{list(codes.shape)} in blocks of {block}"
+            )
+        if block:
+            return parameter.repeat(min(block, length), axis).take(range(length), axis)
         shape = [1] * codes.ndim
         shape[axis] = -1
         return parameter.reshape(shape)

@@ -18,6 +18,7 @@ from ptqcore.dataflow import tensors_in
 from ptqcore.engines import ENGINES, Execution, execute, fallback_reasons
 from ptqcore.errors import ExportError
 from ptqcore.export.feeding import named_inputs, output_names
+from ptqcore.export.onnx_file import read_onnx_graph
 from ptqcore.report.record import EngineRecord
 from ptqcore.task import Task
 
@@ -141,7 +142,7 @@ def _steps(path: Path, simulated: list[Outputs]) -> list[float]:
 def _scale(path: Path, output: str) -> float | None:
     """The scale of the DequantizeLinear that makes an output, if one does."""
     onnx = import_module("onnx")
-    graph = onnx.load(str(path), load_external_data=False).graph
+    graph = read_onnx_graph(path)
     constants = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         if node.op_type == "DequantizeLinear" and output in node.output:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ptq_diffusion import embedded
-from ptqcore import DataError, ModelError
+from ptqcore import DataError, ModelError, read_tensor_header
 
 WEIGHTS = "model.safetensors"
 SIDE = 16
@@ -68,8 +68,9 @@ def load_classifier(folder: Path | None = None) -> Classifier:
     file = (folder or embedded.path(embedded.CLASSIFIER)) / WEIGHTS
     classifier = Classifier()
     try:
+        read_tensor_header(file)
         classifier.load_state_dict(load_file(file))
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
         raise ModelError(f"{file} holds no weights of the classifier of tools/train_denoiser.py") from error
     return classifier.eval().requires_grad_(False)
 

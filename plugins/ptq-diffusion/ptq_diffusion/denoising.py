@@ -1,6 +1,5 @@
 """The task `denoising`: a diffusion pipeline whose denoiser is quantized."""
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +20,21 @@ from ptq_diffusion.prompts import read_prompts
 from ptq_diffusion.sampling import calls_by_step
 from ptq_diffusion.temporal import TemporalMap, find_temporal
 from ptq_diffusion.trajectories import collect
-from ptqcore import ArtifactError, Curves, Pictures, Task, TaskOptions, say, trace, write_text
+from ptqcore import (
+    ArtifactError,
+    Curves,
+    Pictures,
+    PtqError,
+    Task,
+    TaskOptions,
+    check_config,
+    one_line,
+    read_json,
+    read_weights,
+    say,
+    trace,
+    write_text,
+)
 
 _CONFIG = "denoiser.json"
 Unseen = Literal["nearest", "interpolate", "refuse"]
@@ -146,12 +159,17 @@ class Denoising(Task):
     @classmethod
     def build(cls, folder: Path) -> nn.Module:
         try:
-            config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+            config = read_json(folder / _CONFIG)
+            check_config(config, read_weights(folder.parent).size)
             kind: Any = getattr(diffusers, config["_class_name"])
+            if not issubclass(kind, diffusers.ModelMixin):
+                raise ValueError(f"it names the class {config['_class_name']!r}, which is no model")
             model: nn.Module = kind.from_config(config)
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except PtqError:
+            raise
+        except Exception as error:  # diffusers' classes raise what they like
             raise ArtifactError(
-                f"{folder / _CONFIG} does not describe a denoiser of diffusers: {error}"
+                f"{folder / _CONFIG} does not describe a denoiser of diffusers: {one_line(error)}"
             ) from None
         refuse_adapters(model)
         return model.eval()

@@ -15,7 +15,8 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from ptq_diffusion.adapters import refuse_adapters
-from ptqcore import ModelError, PtqError, Structure
+from ptq_diffusion.folder_check import check_pipeline
+from ptqcore import ModelError, PtqError, Structure, Weights
 
 
 class Method(StrEnum):
@@ -46,7 +47,10 @@ class PtqQuantizer(DiffusersQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        Structure.model_validate(self.quantization_config.structure).build(model)
+        structure = Structure.model_validate(self.quantization_config.structure)
+        own = [parameter.numel() for parameter in model.parameters()]
+        with Weights(sum(own), len(own), 0).limit("the quantization_config of the denoiser"):
+            structure.build(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         model.eval()
@@ -74,7 +78,12 @@ def load_pipeline(folder: str | Path) -> Any:
 
     kind: Any = diffusers.DiffusionPipeline
     try:
-        pipeline = kind.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+        found = check_pipeline(Path(folder))
+        # A word of 32 bits holds up to 16 numbers.
+        with Weights(16 * found.numbers, found.tensors, found.size).limit(repr(str(folder))):
+            pipeline = kind.from_pretrained(
+                str(folder), local_files_only=True, use_safetensors=True, trust_remote_code=False
+            )
     except PtqError:
         raise
     except Exception as error:

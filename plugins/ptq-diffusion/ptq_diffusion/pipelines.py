@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -17,8 +16,9 @@ from torch import nn
 
 from ptq_diffusion import embedded
 from ptq_diffusion.calls import TIMES
+from ptq_diffusion.folder_check import check_component, check_index, check_pipeline
 from ptq_diffusion.scheduling import check_scheduler, line_of, make_scheduler
-from ptqcore import ModelError
+from ptqcore import ModelError, PtqError, read_json
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -108,6 +108,10 @@ def locate(source: str) -> Path:
 
 
 def _load_pipeline(folder: Path, scheduler: str | None, component: str | None) -> Loaded:
+    try:
+        check_index(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"task.pipeline {str(folder)!r} cannot be loaded: {line_of(error)}") from error
     parts = _parts(folder)
     classes = {name: _class_of(folder, name, *part) for name, part in parts.items()}
     name = _denoiser_among(folder, classes, component)
@@ -118,15 +122,19 @@ def _load_pipeline(folder: Path, scheduler: str | None, component: str | None) -
     denoiser = _load_weights(folder / name, classes[name])
     try:
         kind: Any = diffusers.DiffusionPipeline
-        pipeline = kind.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            variant=_variant(folder / name),
-            **dict.fromkeys(_left_out(folder)),
-            **{name: denoiser},
-        )
+        with check_pipeline(folder).limit(f"task.pipeline {str(folder)!r}"):
+            pipeline = kind.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                variant=_variant(folder / name),
+                **dict.fromkeys(_left_out(folder)),
+                **{name: denoiser},
+            )
+    except PtqError:
+        raise
     except Exception as error:
         raise ModelError(f"task.pipeline {str(folder)!r} cannot be loaded: {line_of(error)}") from error
     setattr(pipeline, name, denoiser)  # diffusers loads components that may be left out itself
@@ -159,6 +167,10 @@ def _schedule(folder: Path, name: str | None) -> Any:
     """The scheduler in the subfolder of a denoiser's folder, or one by name with its settings."""
     file = folder / "scheduler" / _SCHEDULE
     base = _read(file) if file.is_file() else {}
+    try:
+        check_component(file.parent)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"task.pipeline {str(folder)!r} cannot be loaded: {line_of(error)}") from error
     chosen = name or base.get("_class_name")
     if chosen is None:
         raise ModelError(
@@ -231,7 +243,7 @@ def _class_named(folder: Path, component: str, config: Mapping[str, Any]) -> Any
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"task.pipeline: {str(file)!r} cannot be read as JSON: {line_of(error)}"
@@ -268,14 +280,17 @@ def _load_weights(folder: Path, kind: Any) -> nn.Module:
     if _read(folder / _CONFIG).get("quantization_config"):
         raise ModelError(f"{label} is quantized already: give the full-precision model")
     try:
-        model, report = kind.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            variant=_variant(folder),
-            output_loading_info=True,
-        )
+        with check_component(folder).limit(label):
+            model, report = kind.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                use_safetensors=True,
+                variant=_variant(folder),
+                output_loading_info=True,
+            )
+    except PtqError:
+        raise
     except Exception as error:
         raise ModelError(f"{label} cannot be loaded: {line_of(error)}") from error
     missing = sorted(report["missing_keys"])

@@ -1,9 +1,13 @@
 """ptq-lane: post-training quantization of lane detectors, judged by the lanes that they find."""
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ptqcore import Plugin
+
+# Read when OpenCV is imported: a picture of a few bytes may else claim 3 GB.
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**27))
 
 if TYPE_CHECKING:
     from ptq_lane.adapter import Adapter as Adapter

@@ -1,8 +1,8 @@
 """A finished detector: images go in, lanes come out."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +14,10 @@ from ptq_lane import detectors
 from ptq_lane.adapter import Adapter
 from ptq_lane.lanes import Frame, Lanes
 from ptq_lane.preprocess import Preprocess
-from ptqcore import ArtifactError, DataError
+from ptqcore import ArtifactError, DataError, read_json
 
 ASSETS = "detector.json"
+_LARGEST = 2**16
 
 
 class LaneDetector:
@@ -53,10 +54,17 @@ def load(folder: str | Path) -> LaneDetector:
     model = ptqcore.load(folder)
     found = sorted(Path(folder).glob(f"*/{ASSETS}"))
     try:
-        described = json.loads(found[0].read_text(encoding="utf-8"))
-        detector = detectors.find(*(described[key] for key in ("family", "variant", "model")))
-        frame = Frame(**described["frame"])
+        described = read_json(found[0])
+        detector = detectors.find_saved(described, found[0])
+        frame = _frame(**described["frame"])
         preprocess = Preprocess.model_validate(described["preprocess"])
     except (IndexError, OSError, ValueError, TypeError, KeyError) as error:
         raise ArtifactError(f"{folder} holds no lane detector: {error}") from error
     return LaneDetector(model, detector.adapter(frame), preprocess)
+
+
+def _frame(width: Any, height: Any) -> Frame:
+    for side in (width, height):
+        if type(side) is not int or not 1 <= side <= _LARGEST:
+            raise ValueError(f"its frame is {width!r:.20}x{height!r:.20}: sides are 1 to {_LARGEST} pixels")
+    return Frame(width, height)

@@ -1,6 +1,6 @@
 """Lane detectors by family: the network, how it wants its images, and what reads its outputs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -17,7 +17,15 @@ from ptq_lane.lstr.network import LSTR
 from ptq_lane.lstr.variants import MEAN, STD, find_variant
 from ptq_lane.networks.images import HEIGHT, WIDTH
 from ptq_lane.preprocess import Preprocess
-from ptqcore import ModelError, import_network, import_object, nearest, put_weights, read_checkpoint
+from ptqcore import (
+    ModelError,
+    check_imported,
+    import_network,
+    import_object,
+    nearest,
+    put_weights,
+    read_checkpoint,
+)
 
 WEIGHTS = Path(__file__).parent / "weights"
 LSTR_FAMILY = "lstr"
@@ -72,6 +80,25 @@ def find(family: str, variant: str | None = None, model: str | None = None) -> D
             f"task.family {family!r} comes without a network: set task.model to an import path"
         )
     return _small(family, adapter)
+
+
+def find_saved(described: Mapping[str, Any], file: Path) -> Detector:
+    """The detector that an artifact describes; nothing that the artifact brings is run.
+
+    Args:
+        described: `family`, `variant` and `model`, as `find` takes them.
+        file: where they stand.
+
+    Raises:
+        ModelError: if there is no such detector, or it is code that nobody has imported.
+    """
+    family, variant, model = (described.get(key) for key in ("family", "variant", "model"))
+    if not (isinstance(family, str) and isinstance(variant, str | None) and isinstance(model, str | None)):
+        raise ModelError(f"{file} does not describe a lane detector: family, variant and model are names")
+    for path in (family, model):
+        if path is not None and ":" in path:
+            check_imported(path, file)
+    return find(family, variant, model)
 
 
 def _adapter(family: str, variant: str | None) -> Callable[[Frame], Adapter]:

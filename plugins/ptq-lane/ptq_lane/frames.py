@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_lane.lanes import Frame
-from ptqcore import DataError
+from ptqcore import DataError, read_bytes
 
 Pixels = NDArray[np.uint8]
 
@@ -20,6 +20,7 @@ LAYOUTS = ("driver_*", "clips")
 
 _KEPT_BYTES = 256 * 2**20
 _ROUNDED_FRAMES = 2
+_MOST_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ def _size(picture: Pixels) -> Frame:
 def _picture(file: Path, name: str, label: str) -> Pixels:
     damaged = f"{label}: picture {name!r} cannot be read, replace or remove it"
     try:
-        picture = _decode(file.read_bytes())
-    except (OSError, cv2.error) as error:
+        picture = _decode(read_bytes(file, _MOST_BYTES))
+    except (OSError, ValueError, cv2.error) as error:
         raise DataError(f"{damaged}: {' '.join(str(error).split())}") from error
     if picture is None:
         raise DataError(f"{damaged}: it is cut off, damaged, or no picture at all")
@@ -182,7 +183,8 @@ class _Video:
         found, for some formats state a rounded number, or none."""
         capture = self._open()
         stated = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-        if stated > 0 and capture.set(cv2.CAP_PROP_POS_FRAMES, stated - 1) and capture.grab():
+        possible = 0 < stated <= self._file.stat().st_size  # a frame has a byte at least
+        if possible and capture.set(cv2.CAP_PROP_POS_FRAMES, stated - 1) and capture.grab():
             return stated
         capture = self._open()
         found = 0

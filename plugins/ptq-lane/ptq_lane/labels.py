@@ -12,7 +12,7 @@ from ptq_lane.lanes import Frame, Numbers
 from ptq_lane.lines_txt import ENDING, read_lines_txt
 from ptq_lane.pairing import pair_paths, without_ending
 from ptq_lane.tusimple_json import ENDINGS, read_tusimple
-from ptqcore import DataError
+from ptqcore import DataError, read_bytes
 
 _SPLITS = "list/test_split"
 
@@ -104,7 +104,10 @@ def _categories(folder: Path, frames: Frames, label: str) -> list[str | None]:
     for root in (folder, folder.parent):
         for file in sorted((root / _SPLITS).glob("*.txt")):
             category = re.sub(r"^test\d+_", "", file.stem)
-            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+            try:
+                lines = read_bytes(file).decode("utf-8", errors="replace").splitlines()
+            except (OSError, ValueError) as error:
+                raise DataError(f"{label}: {file.name!r} cannot be read: {error}") from error
             known.update((without_ending(line.split()[0]), category) for line in lines if line.strip())
         if known:
             break

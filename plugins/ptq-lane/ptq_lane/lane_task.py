@@ -21,7 +21,7 @@ from ptq_lane.metrics.scores import Scores
 from ptq_lane.preprocess import Preprocess
 from ptq_lane.selection import Sensitivity, sensitivities
 from ptq_lane.split_heads import find_splits, split
-from ptqcore import Curves, DataError, ModelError, Task, TaskOptions, track
+from ptqcore import Curves, DataError, ModelError, Task, TaskOptions, read_json, track
 from ptqcore import Pictures as PictureRows
 
 _COUNT = 64
@@ -172,12 +172,11 @@ class LaneTask(Task):
     def build(cls, folder: Path) -> nn.Module:
         """The structure that `save_assets` described."""
         try:
-            described = json.loads((folder / ASSETS).read_text(encoding="utf-8"))
-            names = [described[key] for key in ("family", "variant", "model")]
+            described = read_json(folder / ASSETS)
             splits = dict(described["splits"])
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ModelError(f"{folder / ASSETS} does not describe a lane detector: {error}") from error
-        model = detectors.find(*names).structure()
+        model = detectors.find_saved(described, folder / ASSETS).structure()
         split(model, splits)
         return model
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from ptq_lane.lanes import Numbers
-from ptqcore import DataError, write_text
+from ptqcore import DataError, read_bytes, write_text
 
 ENDING = ".lines.txt"
+_MOST_BYTES = 2**20
 
 
 def read_lines_txt(path: Path, label: str) -> list[Numbers]:
@@ -18,8 +19,8 @@ def read_lines_txt(path: Path, label: str) -> list[Numbers]:
         DataError: beginning with the label and naming the line, if a line is not made of pairs of numbers.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_bytes(path, _MOST_BYTES).decode("utf-8").splitlines()
+    except (OSError, ValueError) as error:
         raise DataError(f"{label}: {path.name!r} cannot be read: {error}") from error
     return [_points(line, f"{label}: {path.name!r}, line {number}") for number, line in _filled(lines)]
 

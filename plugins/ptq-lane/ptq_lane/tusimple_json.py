@@ -1,19 +1,24 @@
 """The label files of TuSimple: a JSON object a line, with `raw_file`, `lanes` and `h_samples`."""
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ptq_lane.lanes import Numbers
-from ptqcore import DataError
+from ptqcore import DataError, parse_json
 
 ENDINGS = (".json", ".json.gz")
+
+_LONGEST = 2**20  # bytes of a label
+_ROOM = 2**26  # bytes of labels that nobody is refused
+_MOST_COMPRESSED = 64
+_FARTHEST = 1e9  # pixels
 
 _KEYS = ("raw_file", "lanes", "h_samples")
 
@@ -53,20 +58,28 @@ def read_tusimple(path: Path, label: str) -> list[TuSimpleLabel]:
 
 
 def _lines(path: Path, label: str) -> Iterator[tuple[int, str]]:
+    """The lines of a file that are not blank, with their numbers."""
     opened = gzip.open if path.suffix == ".gz" else open
+    left = max(_ROOM, _MOST_COMPRESSED * path.stat().st_size)
     try:
-        with opened(path, "rt", encoding="utf-8") as stream:
-            for number, line in enumerate(stream, start=1):
+        with opened(path, "rb") as stream:
+            for number in count(1):
+                line = stream.readline(_LONGEST + 1)
+                left -= len(line)
+                if not line:
+                    return
+                if len(line) > _LONGEST or left < 0:
+                    raise ValueError(f"line {number} is longer than any label, or the file than labels are")
                 if line.strip():
-                    yield number, line
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+                    yield number, line.decode("utf-8")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"{label} cannot be read: {error}") from error
 
 
 def _parse(line: str, place: str) -> TuSimpleLabel:
     try:
-        content = json.loads(line)
-    except (json.JSONDecodeError, RecursionError):
+        content = parse_json(line)
+    except ValueError:
         content = None
     if not isinstance(content, dict):
         raise DataError(f"{place} is no JSON object: each line needs one, with {', '.join(_KEYS)}")
@@ -89,6 +102,6 @@ def _parse(line: str, place: str) -> TuSimpleLabel:
 
 def _numbers(values: Any, place: str) -> Numbers:
     plain = isinstance(values, list) and all(type(value) in (int, float) for value in values)
-    if not plain or not np.isfinite(values).all():
+    if not plain or not all(abs(value) < _FARTHEST for value in values):
         raise DataError(f"{place} must be a list of numbers in pixels")
     return np.array(values, dtype=np.float64)

@@ -21,6 +21,8 @@ from ptqcore import (
     QuantSection,
     Task,
     Verification,
+    one_sentence,
+    read_json,
     write_tensors,
 )
 
@@ -132,8 +134,13 @@ class CheckpointExporter(Exporter, Generic[L]):
         self.write_config(folder, self.quantization_config(model, parts))
 
     def verify(self, model: nn.Module, task: Task, samples: Sequence[Any], folder: Path) -> Verification:
-        file = TensorFile(folder / _WEIGHTS_FILE)
         layers = _quantized_layers(model, self.name)
+        with one_sentence(f"{folder} cannot be read back", ExportError):
+            return self._compare(model, layers, folder)
+
+    def _compare(self, model: nn.Module, layers: dict[str, QuantLinear], folder: Path) -> Verification:
+        """The largest difference between what a folder holds and the model."""
+        file = TensorFile(folder / _WEIGHTS_FILE)
         parts = self.stored_layers(model, layers)
         layouts = self._layouts(model, parts, folder)
         known = {f"{name}.{key}" for name, layout in layouts.items() for key in layout.tensors()}
@@ -280,7 +287,9 @@ def plain_tensors(model: nn.Module, layers: dict[str, QuantLinear]) -> Iterator[
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / _CONFIG_FILE
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except (OSError, ValueError) as error:
         raise ExportError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ExportError(f"{path} cannot be read: it holds no JSON object")
     return config

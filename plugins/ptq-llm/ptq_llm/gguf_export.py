@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from ptq_llm import gguf_blocks as blocks
 from ptq_llm.checkpoint import difference
+from ptq_llm.gguf_check import check_gguf
 from ptq_llm.gguf_contents import (
     HELD,
     Source,
@@ -30,7 +31,16 @@ from ptq_llm.gguf_contents import (
 from ptq_llm.gguf_model import Layout, add_metadata
 from ptq_llm.gguf_reread import misread_settings, misread_text
 from ptq_llm.gguf_tokenizer import add_vocabulary
-from ptqcore import Exporter, ExportError, QuantLinear, QuantSection, Task, Verification, track
+from ptqcore import (
+    Exporter,
+    ExportError,
+    QuantLinear,
+    QuantSection,
+    Task,
+    Verification,
+    one_sentence,
+    track,
+)
 
 FILE = "model.gguf"
 
@@ -142,7 +152,7 @@ def _tokenizer(task: Task) -> Any:
     """The tokenizer among the task's assets."""
     with TemporaryDirectory() as folder:
         task.save_assets(Path(folder))
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _read(file: Path) -> dict[str, gguf.ReaderTensor]:
@@ -152,10 +162,11 @@ def _read(file: Path) -> dict[str, gguf.ReaderTensor]:
         ExportError: if it is not a GGUF file.
     """
     try:
-        reader = gguf.GGUFReader(file)
+        check_gguf(file)
     except (OSError, ValueError) as error:
         raise ExportError(f"{file} cannot be read back as a GGUF file: {error}") from error
-    return {tensor.name: tensor for tensor in reader.tensors}
+    with one_sentence(f"{file} cannot be read back as a GGUF file", ExportError):
+        return {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
 
 
 def _difference(stored: gguf.ReaderTensor, expected: Tensor) -> float:

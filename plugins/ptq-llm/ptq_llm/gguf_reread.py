@@ -24,7 +24,9 @@ _SETTINGS = (
 
 def misread_settings(file: Path, config: Any) -> Iterator[str]:
     """One sentence for every setting that transformers reads otherwise than the model has it."""
-    read = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+    read = AutoConfig.from_pretrained(
+        file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
+    )
     settings = {key: (getattr(config, key), getattr(read, key)) for key in _SETTINGS}
     settings["head_dim"] = (head_dim(config), head_dim(read))
     for key, (ours, theirs) in settings.items():
@@ -39,7 +41,9 @@ def misread_text(file: Path, tokenizer: Any) -> Iterator[str]:
     """Sentences if readers make other tokens of a text than the tokenizer does."""
     if "NFC" in repr(tokenizer.backend_tokenizer.normalizer):
         yield "the model's tokenizer composes characters (Unicode NFC), which readers of the file do not"
-    read = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+    read = AutoTokenizer.from_pretrained(
+        file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
+    )
     if read(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"]:
         yield (
             "the tokenizer that transformers rebuilds from the file makes other tokens of some texts: use "

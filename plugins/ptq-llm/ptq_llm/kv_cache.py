@@ -23,7 +23,7 @@ from transformers.cache_utils import (
 )
 
 from ptq_llm.state_store import StateStore
-from ptqcore import ArtifactError, ModelError
+from ptqcore import ArtifactError, ModelError, check_config, one_line, read_bytes, read_json, read_weights
 
 SETTINGS_FILE = "kv_cache.json"
 
@@ -208,9 +208,9 @@ def new_cache(folder: str | Path) -> QuantizedKVCache:
             f"{folder} has no {SETTINGS_FILE}: give the folder of a run whose recipe has task.kv_cache"
         )
     try:
-        options = KVCacheOptions.model_validate_json(file.read_bytes())
-        config = AutoConfig.from_pretrained(assets, local_files_only=True)
-    except (OSError, ValueError) as error:  # pydantic's errors are ValueErrors
-        reason = " ".join(str(error).split())
-        raise ArtifactError(f"the KV cache of {folder} cannot be read: {reason}") from error
+        options = KVCacheOptions.model_validate_json(read_bytes(file))
+        check_config(read_json(assets / "config.json"), read_weights(folder).size)
+        config = AutoConfig.from_pretrained(assets, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers' configurations raise what they like
+        raise ArtifactError(f"the KV cache of {folder} cannot be read: {one_line(error)}") from error
     return QuantizedKVCache(config, options)

@@ -1,5 +1,6 @@
 """Models of text from a Hugging Face folder, a GGUF file, or an installed package."""
 
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -11,15 +12,29 @@ from typing import Any
 
 import torch
 
-from ptqcore import ModelError
+from ptqcore import (
+    ModelError,
+    PtqError,
+    Weights,
+    check_config,
+    one_line,
+    one_sentence,
+    read_json,
+    read_weights,
+)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from ptq_llm.gguf_check import check_gguf
 from ptq_llm.unify import unify
 
+# Nothing is downloaded, and no code that lies beside a model is run (`auto_map` of config.json).
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+_ADAPTER = "adapter_config.json"
 EMBEDDED = "smollm2-135m"
 EMBEDDED_ENCODER = "minilm"
 # name → the package that holds the model, files that tell where it is, and what to install
@@ -102,12 +117,11 @@ def build(folder: Path, kind: Any = AutoModelForCausalLM) -> Any:
         ModelError: if the configuration cannot be read.
     """
     _quiet()
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with one_sentence(f"the model of {folder} cannot be built", ModelError):
+        check_config(read_json(folder / "config.json"), read_weights(folder.parent).size)
+        config = AutoConfig.from_pretrained(folder, **_LOCAL)
         model = kind.from_config(config, dtype=config.dtype or torch.float32).eval()
-    except Exception as error:
-        raise ModelError(f"the model of {folder} cannot be built: {_line(error)}") from error
-    unify(model)
+        unify(model)
     return model
 
 
@@ -135,11 +149,14 @@ def _outline_folder(folder: Path) -> Outline:
             f"task.model {str(folder)!r} has no config.json: give a folder in Hugging Face format"
         )
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        return Outline(config, AutoTokenizer.from_pretrained(folder, local_files_only=True))
+        if (folder / _ADAPTER).is_file():
+            raise ValueError(f"{_ADAPTER} leads to another model: merge the adapter into that, and give it")
+        check_config(read_json(folder / "config.json"), read_weights(folder).size)
+        config = AutoConfig.from_pretrained(folder, **_LOCAL)
+        return Outline(config, AutoTokenizer.from_pretrained(folder, **_LOCAL))
     except Exception as error:
         raise ModelError(
-            f"task.model {str(folder)!r}: its configuration or tokenizer: {_line(error)}"
+            f"task.model {str(folder)!r}: its configuration or tokenizer: {one_line(error)}"
         ) from error
 
 
@@ -148,18 +165,21 @@ def _load_folder(folder: Path, dtype: torch.dtype, kind: Any) -> LanguageModel:
     if getattr(known.config, "quantization_config", None):
         raise ModelError(f"task.model {str(folder)!r} is quantized already: give the full-precision model")
     try:
-        loaded: Any = kind.from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            output_loading_info=True,
-        )
+        with read_weights(folder).limit(f"task.model {str(folder)!r}"):
+            loaded: Any = kind.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                output_loading_info=True,
+                **_LOCAL,
+            )
         model, report = loaded
+    except PtqError:
+        raise
     except Exception as error:
         raise ModelError(
-            f"task.model {str(folder)!r}: its weights cannot be loaded: {_line(error)}"
+            f"task.model {str(folder)!r}: its weights cannot be loaded: {one_line(error)}"
         ) from error
     mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
     without_pooler = {key for key in report["missing_keys"] if key.startswith(POOLER)}
@@ -175,27 +195,41 @@ def _load_folder(folder: Path, dtype: torch.dtype, kind: Any) -> LanguageModel:
 
 
 def _outline_gguf(path: Path) -> Outline:
-    where = {"gguf_file": path.name, "local_files_only": True}
+    where = {"gguf_file": path.name, **_LOCAL}
     try:
+        _check_gguf(path)
         config = AutoConfig.from_pretrained(path.parent, **where)
         return Outline(config, AutoTokenizer.from_pretrained(path.parent, **where))
     except Exception as error:
-        raise ModelError(f"task.model {str(path)!r} cannot be loaded: {_line(error)}") from error
+        raise ModelError(f"task.model {str(path)!r} cannot be loaded: {one_line(error)}") from error
 
 
 def _load_gguf(path: Path, dtype: torch.dtype, kind: Any) -> LanguageModel:
+    where = {"gguf_file": path.name, **_LOCAL}
     try:
-        with _bar_on_terminals_only():
-            model = kind.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=dtype, local_files_only=True
-            )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        with _check_gguf(path).limit(f"task.model {str(path)!r}"), _bar_on_terminals_only():
+            model = kind.from_pretrained(path.parent, dtype=dtype, **where)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
+    except PtqError:
+        raise
     except Exception as error:
-        raise ModelError(f"task.model {str(path)!r} cannot be loaded: {_line(error)}") from error
+        raise ModelError(f"task.model {str(path)!r} cannot be loaded: {one_line(error)}") from error
     # The weights are plain floats now; left in, this would mark every saved copy as a GGUF one.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return LanguageModel(model.eval(), tokenizer)
+
+
+def _check_gguf(path: Path) -> Weights:
+    """The weights of a GGUF file; it has no more or wider layers than they have room for.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    found = check_gguf(path)
+    sizes = {key: int(value) for key, value in found.numbers.items() if isinstance(value, int)}
+    check_config(sizes, found.size)
+    return Weights(sum(map(math.prod, found.tensors.values())), len(found.tensors), found.size)
 
 
 @contextmanager
@@ -206,8 +240,3 @@ def _bar_on_terminals_only() -> Iterator[None]:
     else:
         with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
             yield
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:297] + "..."

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ptqcore import ExportError, QuantLinear
+from ptqcore import ExportError, QuantLinear, one_sentence, read_onnx_graph
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,9 @@ def largest_difference(path: Path, layers: Mapping[str, QuantLinear]) -> float:
     Raises:
         ExportError: if the file cannot be read, or a layer is missing or has another shape.
     """
-    file = _File(path)
-    return max((file.difference(name, layer) for name, layer in layers.items()), default=0.0)
+    with one_sentence(f"{path} cannot be read back", ExportError):
+        file = _File(path)
+        return max((file.difference(name, layer) for name, layer in layers.items()), default=0.0)
 
 
 def _stored_difference(stored: StoredLayer, layer: QuantLinear) -> float:
@@ -68,10 +69,7 @@ def _apart(found: np.ndarray, ours: np.ndarray) -> float:
 class _File:
     def __init__(self, path: Path) -> None:
         self.path, self._onnx = path, import_module("onnx")
-        try:
-            graph = self._onnx.load(str(path), load_external_data=False).graph
-        except Exception as error:  # protobuf raises classes of its own
-            raise ExportError(f"{path} cannot be read back: {error}") from error
+        graph = read_onnx_graph(path)
         self.constants = {tensor.name: tensor for tensor in graph.initializer}
         self.products = [node for node in graph.node if node.op_type == "MatMulNBits"]
         self.sums = {name: node for node in graph.node if node.op_type == "Add" for name in node.input}
@@ -92,6 +90,8 @@ class _File:
                 f"layer {name} has the shape {[rows, columns]} in {self.path.name}, not "
                 f"{[layer.out_features, layer.in_features]}"
             )
+        if bits not in (2, 4, 8) or block < 1:
+            raise ExportError(f"layer {name} has {bits} bits in blocks of {block} in {self.path.name}")
         groups = -(-columns // block)
         packed = self._array(node.input[1], (rows, groups, block * bits // 8))
         codes = unpack(packed.reshape(rows, -1), bits, columns)

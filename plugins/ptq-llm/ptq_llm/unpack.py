@@ -3,7 +3,6 @@
 It shares no code with the export and none with torch: an error in the packing cannot cancel out.
 """
 
-import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ptqcore import ExportError, QuantSpec
+from ptqcore import ExportError, QuantSpec, StoredTensor, read_tensor_header
 
 Array = NDArray[Any]
 
@@ -33,7 +32,7 @@ _STORED_AS = {
 
 
 class TensorFile:
-    """A safetensors file, mapped into memory: 8 bytes of header length, a JSON header, the data."""
+    """A safetensors file, mapped into memory."""
 
     def __init__(self, path: Path) -> None:
         """Read the header.
@@ -42,11 +41,8 @@ class TensorFile:
             ExportError: if the file is missing or not a safetensors file.
         """
         try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                self._entries: dict[str, Any] = json.loads(file.read(length))
-            self._entries.pop("__metadata__", None)
-            self._data = np.memmap(path, dtype=np.uint8, mode="r", offset=8 + length)
+            self._entries = read_tensor_header(path)
+            self._data = np.memmap(path, dtype=np.uint8, mode="r")
         except (OSError, ValueError) as error:
             raise ExportError(f"{path} cannot be read back as a safetensors file: {error}") from error
 
@@ -57,7 +53,7 @@ class TensorFile:
 
     def dtype(self, name: str) -> str:
         """Type of a tensor as the header spells it, for example `BF16`."""
-        return str(self._entry(name)["dtype"])
+        return self._entry(name).dtype
 
     def numbers(self, name: str, shape: tuple[int, ...]) -> Array:
         """A tensor's numbers: floats as float32 (F64 as float64), integers as they are.
@@ -66,18 +62,17 @@ class TensorFile:
             ExportError: if it is missing or has another shape.
         """
         entry = self._entry(name)
-        if tuple(entry["shape"]) != shape:
-            raise ExportError(f"tensor {name} has shape {entry['shape']} in the file, not {list(shape)}")
-        start, end = entry["data_offsets"]
-        stored = self._data[start:end].view(_STORED_AS[entry["dtype"]]).reshape(shape)
-        return _decode(stored, entry["dtype"])
+        if entry.shape != shape:
+            raise ExportError(f"tensor {name} has shape {list(entry.shape)} in the file, not {list(shape)}")
+        stored = self._data[entry.start : entry.end].view(_STORED_AS[entry.dtype]).reshape(shape)
+        return _decode(stored, entry.dtype)
 
-    def _entry(self, name: str) -> dict[str, Any]:
+    def _entry(self, name: str) -> StoredTensor:
         if name not in self._entries:
             raise ExportError(f"tensor {name} is missing in the file")
-        entry: dict[str, Any] = self._entries[name]
-        if entry["dtype"] not in _STORED_AS:
-            raise ExportError(f"tensor {name} has type {entry['dtype']}, which cannot be read back")
+        entry = self._entries[name]
+        if entry.dtype not in _STORED_AS:
+            raise ExportError(f"tensor {name} has type {entry.dtype}, which cannot be read back")
         return entry
 
 
@@ -113,6 +108,18 @@ def unpack_codes(words: Array, bits: int, n: int) -> Array:
     return np.packbits(single.reshape(len(words), n, bits), axis=2, bitorder="little")[..., 0]
 
 
+def whole(config: dict[str, Any], key: str, low: int, high: int) -> int:
+    """The whole number under a key of config.json.
+
+    Raises:
+        ExportError: if there is none from `low` to `high`.
+    """
+    value = config.get(key)
+    if type(value) is not int or not low <= value <= high:
+        raise ExportError(f"config.json has {key} {value!r:.200}: it must be a number from {low} to {high}")
+    return value
+
+
 def round_to(values: Array, dtype: str) -> Array:
     """Float32 values rounded to the nearest (ties to even) of a float type of the header."""
     if dtype == "F16":
@@ -136,8 +143,21 @@ class Grid:
 
     @classmethod
     def read(cls, arguments: dict[str, Any]) -> "Grid":
-        """The grid that the arguments of a group describe."""
-        return cls(**{field.name: arguments[field.name] for field in fields(cls)})
+        """The grid that the arguments of a group describe.
+
+        Raises:
+            ExportError: if they lack something, or describe none.
+        """
+        if not isinstance(arguments, dict) or any(field.name not in arguments for field in fields(cls)):
+            raise ExportError(f"config.json describes a grid by {arguments!r:.200}, which is not enough")
+        size = arguments["group_size"]
+        return cls(
+            **{field.name: arguments[field.name] for field in fields(cls)}
+            | {
+                "num_bits": whole(arguments, "num_bits", 2, 8),
+                "group_size": None if size is None else whole(arguments, "group_size", 1, 2**31),
+            }
+        )
 
     def describes(self, spec: QuantSpec) -> bool:
         """Whether it is that grid."""

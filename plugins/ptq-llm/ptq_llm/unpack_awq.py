@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ptq_llm.unpack import Array, TensorFile, unpack_codes
+from ptq_llm.unpack import Array, TensorFile, unpack_codes, whole
 
 _COLUMN_AT = (0, 4, 1, 5, 2, 6, 3, 7)  # output column j of eight is nibble _COLUMN_AT[j] of their word
 
@@ -27,7 +27,7 @@ class Layout:
         """
         if any(part in name for part in config["modules_to_not_convert"]):
             return None
-        return cls(config["group_size"])
+        return cls(whole(config, "group_size", 1, 2**31))
 
     def tensors(self) -> set[str]:
         """Names, after the layer's, of the tensors that hold its weight."""

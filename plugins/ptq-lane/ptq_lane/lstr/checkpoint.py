@@ -58,7 +58,7 @@ def load(variant: str, state: Mapping[str, Tensor], path: Path) -> nn.Module:
 
 
 def _check_classes(weight: Tensor, variant: str, label: str) -> None:
-    classes = len(weight)
+    classes = len(weight) if weight.ndim else 0
     if classes == VARIANTS[variant].classes:
         return
     fitting = [other.name for other in VARIANTS.values() if other.classes == classes]
@@ -77,11 +77,11 @@ def _ours(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in given.items():
         for pattern, replacement in _RENAMED:
             name = re.sub(pattern, replacement, name)
-        if ".in_proj_" in name:
-            attention, kind = name.split(".in_proj_")
-            for layer, part in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+        if ".in_proj_" in name and tensor.ndim and len(tensor) % 3 == 0:
+            attention, _, kind = name.partition(".in_proj_")
+            for layer, part in zip(("query", "key", "value"), tensor.tensor_split(3), strict=True):
                 ours[f"{attention}.{layer}.{kind}"] = part
-        elif name.startswith("specific_embed.layers.2."):
+        elif name.startswith("specific_embed.layers.2.") and tensor.ndim:
             kind = name.rsplit(".", 1)[1]
             ours[f"bounds_head.{kind}"], ours[f"specific_head.{kind}"] = tensor[:_BOUNDS], tensor[_BOUNDS:]
         else:

@@ -5,7 +5,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ptqcore import ModelError
+from ptqcore import ModelError, parse_json
 
 SCOPES = ("mmseg", "mmdet")
 _PACKAGES = (*SCOPES, "mmpretrain")
@@ -51,9 +51,11 @@ def parse(text: str) -> Description:
         ModelError: if the text is no description.
     """
     try:
-        found = Description(**_untagged(json.loads(text)))
+        found = Description(**_untagged(parse_json(text)))
         if found.scope not in SCOPES:
             raise ValueError(f"its scope is {found.scope!r}")
+        if not isinstance(found.model, dict) or not isinstance(found.pipeline, list):
+            raise ValueError("its model is no mapping, or its pipeline no list")
         return Description(found.scope, for_inference(found.model), found.pipeline)
     except (TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"not the description of a model: {line(error)}") from error

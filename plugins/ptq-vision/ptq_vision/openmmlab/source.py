@@ -11,7 +11,7 @@ from ptq_vision.openmmlab.preprocessing import Preprocessing
 from ptq_vision.openmmlab.wrap import Network
 from ptq_vision.preprocess import Preprocess
 from ptq_vision.source import Source
-from ptqcore import ModelError
+from ptqcore import ModelError, read_bytes
 
 FILE = "openmmlab.json"
 
@@ -33,8 +33,8 @@ def find(model: str) -> Source:
     if loading.is_config(model):
         return _source(loading.read(model), model)
     try:
-        text = Path(model).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bytes(Path(model)).decode("utf-8")
+    except (OSError, ValueError) as error:
         raise ModelError(f"{model} cannot be read: {description.line(error)}") from error
     return _source(description.parse(text), model)
 

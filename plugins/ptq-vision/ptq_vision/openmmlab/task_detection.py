@@ -1,6 +1,7 @@
 """The task `detection`: a one-stage detector of mmdet, images, and how well it still finds things."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,11 +15,21 @@ from ptq_vision.openmmlab import description, evaluation, loading
 from ptq_vision.openmmlab.evaluation import Boxes
 from ptq_vision.openmmlab.preprocessing import Preprocessing
 from ptq_vision.openmmlab.wrap import Network
-from ptqcore import ArtifactError, DataError, ModelError, Task, TaskOptions, track
+from ptqcore import (
+    ArtifactError,
+    DataError,
+    ModelError,
+    Task,
+    TaskOptions,
+    read_bytes,
+    read_json,
+    track,
+)
 
 MODEL_FILE = "model.json"
 PREPROCESSING_FILE = "preprocessing.json"
 _MOST_FROM_A_FOLDER = 1024
+_MOST_ANNOTATIONS = 2**30  # bytes: those of COCO's training images have 450 MB
 _COCO = {
     "images": ("id", "file_name"),
     "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd"),
@@ -118,8 +129,8 @@ class Detection(Task):
     def build(cls, folder: Path) -> nn.Module:
         """The structure that `save_assets` described."""
         try:
-            text = (folder / MODEL_FILE).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_bytes(folder / MODEL_FILE).decode("utf-8")
+        except (OSError, ValueError) as error:
             raise ArtifactError(f"{folder}/{MODEL_FILE} cannot be read: {error}") from None
         return Network(loading.build(description.parse(text)))
 
@@ -174,14 +185,27 @@ class Detection(Task):
 
 def _read_annotations(path: str) -> dict[str, Any]:
     try:
-        truth = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        truth = read_json(Path(path).expanduser(), _MOST_ANNOTATIONS)
         for section, keys in _COCO.items():
             for entry in truth[section]:
                 missing = [key for key in keys if key not in entry]
                 if missing:
                     raise DataError(f"task.labels {path!r}: an entry of {section!r} has no {missing[0]!r}")
+                _check_entry(entry)
     except (OSError, ValueError, TypeError, LookupError) as error:
         raise DataError(
             f"task.labels {path!r} cannot be read as a COCO file: {description.line(error)}"
         ) from error
     return truth
+
+
+def _check_entry(entry: dict[str, Any]) -> None:
+    """Raises ValueError unless ids are whole numbers, names are texts and boxes are four finite numbers."""
+    for key, value in entry.items():
+        wrong = key.endswith("id") and type(value) is not int
+        wrong |= key == "file_name" and not isinstance(value, str)
+        if key == "bbox":
+            numbers = isinstance(value, list) and all(type(one) in (int, float) for one in value)
+            wrong |= not numbers or len(value) != 4 or not all(map(math.isfinite, value))
+        if wrong:
+            raise ValueError(f"{key} is {value!r:.100}")
