@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from ptqcore.errors import ArtifactError, ModelError, PtqError
+from ptqcore.reading import one_line
 
 CHILD = "attachments"
 
@@ -142,7 +143,9 @@ def build_attachments(model: nn.Module, entries: list[AttachmentEntry], find: Fi
         except PtqError:
             raise
         except Exception as error:  # the settings are whatever a file says
-            raise ArtifactError(f"attachment {entry.name!r} of {entry.path!r}: {error}") from None
+            raise ArtifactError(
+                f"attachment {entry.name!r} of {entry.path!r}: {one_line(error)}"
+            ) from None
         attachments = attachments_of(module)
         if attachments is not None and entry.path not in cleared:
             attachments.places.clear()

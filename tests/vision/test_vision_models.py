@@ -140,7 +140,9 @@ def test_a_checkpoint_goes_into_an_imported_model(tiny, tmp_path):
         ("{tiny}:Nothing", "cannot be imported and called: AttributeError"),
         ("{tiny}:broken", "cannot be imported and called: OSError: no disk"),
         ("{tiny}:number", "cannot be imported and called: TypeError"),
-        ("builtins:dict", "gives a dict: it must be a torch.nn.Module, or a class or function"),
+        ("torch:get_default_dtype", "gives a dtype: it must be a torch.nn.Module, or a class or function"),
+        ("builtins:dict", "leads into Python's own library, which holds no network"),
+        ("torch:os.abort", "leads into Python's own library, which holds no network"),
     ],
 )
 def test_import_paths_that_lead_nowhere(tiny, path, sentence):
