@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
-from fuzz_targets.core import QuantSpec, quantize_layer
+from fuzz_targets.core import quantize_layer
 from fuzz_targets.target import Target
 from ptq_diffusion import hub, pipelines
 from ptq_diffusion.classifier import Classifier, load_classifier
 from ptq_diffusion.denoising import Denoising
-from ptqcore import write_tensors
+from ptqcore import QuantSpec, write_tensors
 
 
 def _unet() -> Any:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from fuzz_targets.core import QuantSpec, quantize_layer
+from fuzz_targets.core import quantize_layer
 from fuzz_targets.target import Target
 from ptq_llm import models as language_models
 from ptq_llm.awq_format import AWQ
@@ -21,29 +21,28 @@ from ptq_llm.gguf_check import check_gguf
 from ptq_llm.gguf_export import FILE, GGUF
 from ptq_llm.gptq_format import GPTQ
 from ptq_llm.kv_cache import KVCacheOptions, new_cache
-from ptqcore import Exporter, ModelError, QuantLinear
+from ptqcore import Exporter, ModelError, QuantLinear, QuantSpec
 
-_GRID = {"bits": 4, "granularity": "group", "group_size": 32, "scale_dtype": "float16"}
+_GRID: Any = {"bits": 4, "granularity": "group", "group_size": 32, "scale_dtype": "float16"}
 
 
 @cache
-def _tokenizer() -> PreTrainedTokenizerFast:
+def _tokenizer() -> Any:
     """Every byte is a token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(
-        models.BPE(vocab={character: at for at, character in enumerate(alphabet)}, merges=[])
-    )
+    tokens = {character: at for at, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=tokens, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    made: Any = PreTrainedTokenizerFast
+    return made(tokenizer_object=backend, eos_token="<end>")
 
 
 def _model() -> Any:
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32, "vocab_size": 257}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
-    config = LlamaConfig(**shape, **heads, eos_token_id=256)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    shape: Any = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32, "vocab_size": 257}
+    heads: Any = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    made: Any = AutoModelForCausalLM
+    return made.from_config(LlamaConfig(**shape, **heads, eos_token_id=256), dtype=torch.float32).eval()
 
 
 @cache

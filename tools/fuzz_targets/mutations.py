@@ -108,7 +108,7 @@ def change_tree(value: Any, dice: random.Random) -> Any:
         del holder[key]
     elif kind == 1 and isinstance(holder, dict):
         holder[dice.choice(("a", "", "../a", "__class__", "name", key + key))] = holder[key]
-    elif kind == 1:
+    elif kind == 1 and isinstance(holder, list):
         holder.insert(key, holder[key])
     elif kind == 2 and isinstance(holder[key], int | float):
         holder[key] = dice.choice((holder[key] + 1, -holder[key], holder[key] * 10**6, holder[key] // 2))
