@@ -9,6 +9,10 @@ _MOST_SHOWN = 30
 class PtqError(Exception):
     """Base of every error that the command line prints as one sentence with exit code 2."""
 
+    def __str__(self) -> str:
+        """On one line, whatever names from a file are in it."""
+        return " ".join(super().__str__().splitlines())
+
 
 class RecipeError(PtqError):
     """A recipe, or a `--set` on the command line, cannot be understood or carried out."""
@@ -32,6 +36,10 @@ class ArtifactError(PtqError):
 
 class ExportError(PtqError):
     """A result cannot be expressed in the asked-for format, or did not read back as written."""
+
+
+class SweepError(PtqError):
+    """The processes that runs of a sweep need cannot be had, or some of the runs did not succeed."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
