@@ -1,5 +1,7 @@
 """State dicts from files of others: safetensors, or torch's own format read without running any code."""
 
+import mmap
+import pickletools
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ from ptqcore.errors import ModelError
 from ptqcore.reading import one_line
 from ptqcore.tensor_header import read_tensor_header
 
+_HEADERS = 3  # pickles before that of the object in torch's older format
 _NESTED = ("state_dict", "model", "model_state_dict")
 _WRAPPER = "module."
 _COUNTER = ".num_batches_tracked"
@@ -39,9 +42,8 @@ def read_checkpoint(
             read_tensor_header(path)
             content: Any = load_file(path)
         else:
-            _check_records(path)
             with torch.serialization.safe_globals(list(harmless)):
-                content = torch.load(path, map_location="cpu", weights_only=True)
+                content = _read_torch(path)
     except Exception as error:
         raise ModelError(
             f"{label} cannot be read as a state dict (a damaged file, or one with more than tensors in "
@@ -95,14 +97,42 @@ def _is_entry(entry: tuple[Any, Any]) -> bool:
     return isinstance(entry[0], str) and isinstance(entry[1], Tensor)
 
 
+def _read_torch(path: Path) -> Any:
+    """What torch.save wrote, in either of its formats."""
+    if zipfile.is_zipfile(path):
+        _check_records(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        # Of a mapped file, no more bytes are taken for a text than there are, however many it claims.
+        _check_storages(data)
+        data.seek(0)
+        return torch.load(data, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+
+
+def _check_storages(data: mmap.mmap) -> None:
+    """Refuse storages of more elements than a file of the older format has bytes: memory is taken for them
+    before they are read.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    for _ in range(_HEADERS + 1):
+        numbers: list[int] = []
+        for operation, argument, _ in pickletools.genops(data):  # type: ignore[arg-type]
+            if operation.name == "MARK":
+                numbers = []
+            elif isinstance(argument, int) and operation.name.startswith(("BININT", "INT", "LONG")):
+                numbers.append(argument)
+            elif operation.name == "BINPERSID" and any(number > len(data) for number in numbers):
+                raise ValueError(f"a tensor of {max(numbers)} elements is larger than the file")
+
+
 def _check_records(path: Path) -> None:
     """Refuse archives whose records are larger than the file: torch.save compresses none.
 
     Raises:
         ValueError: naming the record.
     """
-    if not zipfile.is_zipfile(path):
-        return
     size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():

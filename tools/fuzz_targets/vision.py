@@ -1,19 +1,20 @@
 """Pictures, arrays, labels and described models of ptq-vision."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from fuzz_targets.core import mend_artifact
 from fuzz_targets.target import Target
 from ptq_vision.classification import Classification
 from ptq_vision.images import ImageSet, read_images
 from ptq_vision.labels import classes_of
 from ptq_vision.openmmlab.description import Description, describe, parse
 from ptq_vision.openmmlab.task_detection import _read_annotations
+from ptqcore import artifact, load
 
 SUFFIXES = ("png", "jpg", "bmp", "webp", "ppm")
 
@@ -53,7 +54,9 @@ def read_table(folder: Path) -> None:
 
 def write_model(folder: Path) -> None:
     described = {"model": "cifar-resnet-20", "classes": 10, "preprocess": {"size": [32, 32]}}
-    (folder / "model.json").write_text(json.dumps(described))
+    (folder / "assets").mkdir()
+    (folder / "assets/model.json").write_text(json.dumps(described))
+    artifact.save(Classification.build(folder / "assets"), folder, "vision", "classification", "0")
 
 
 def write_description(folder: Path) -> None:
@@ -85,7 +88,7 @@ TARGETS = (
     Target("pictures", write_pictures, read_pictures),
     Target("npz", write_arrays, read_arrays),
     Target("labels-csv", write_table, read_table),
-    Target("vision-model", write_model, partial(Classification.build)),
+    Target("vision-artifact", write_model, load, mend_artifact),
     Target("openmmlab-description", write_description, read_description),
     Target("coco", write_annotations, read_annotations),
 )

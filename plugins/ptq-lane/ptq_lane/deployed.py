@@ -14,7 +14,7 @@ from ptq_lane import detectors
 from ptq_lane.adapter import Adapter
 from ptq_lane.lanes import Frame, Lanes
 from ptq_lane.preprocess import Preprocess
-from ptqcore import ArtifactError, DataError, read_json
+from ptqcore import ArtifactError, DataError, one_line, read_json
 
 ASSETS = "detector.json"
 _LARGEST = 2**16
@@ -59,7 +59,7 @@ def load(folder: str | Path) -> LaneDetector:
         frame = _frame(**described["frame"])
         preprocess = Preprocess.model_validate(described["preprocess"])
     except (IndexError, OSError, ValueError, TypeError, KeyError) as error:
-        raise ArtifactError(f"{folder} holds no lane detector: {error}") from error
+        raise ArtifactError(f"{folder} holds no lane detector: {one_line(error)}") from error
     return LaneDetector(model, detector.adapter(frame), preprocess)
 
 

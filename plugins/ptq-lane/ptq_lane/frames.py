@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_lane.lanes import Frame
+from ptq_lane.picture_size import stated_size
 from ptqcore import DataError, read_bytes
 
 Pixels = NDArray[np.uint8]
@@ -21,6 +22,8 @@ LAYOUTS = ("driver_*", "clips")
 _KEPT_BYTES = 256 * 2**20
 _ROUNDED_FRAMES = 2
 _MOST_BYTES = 2**28
+_ROOM = 2**23  # pixels that nobody is refused
+_MOST_COMPRESSED = 1000  # pixels for each byte of a larger picture
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,12 @@ def _decode(content: bytes) -> NDArray | None:
     cut_off = content.startswith(b"\xff\xd8") and content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda")
     if cut_off or not content:
         return None
+    size = stated_size(content)
+    if size is None:
+        return None
+    width, height = size
+    if width * height > max(_ROOM, _MOST_COMPRESSED * len(content)):
+        raise ValueError(f"it claims {width}x{height} pixels, in {len(content)} bytes")
     return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
 
 

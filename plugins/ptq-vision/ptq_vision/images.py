@@ -19,6 +19,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 _ARRAYS = ".npz"
 _ROOM = 2**28  # bytes of an unpacked array that nobody is refused
 _MOST_COMPRESSED = 64
+_MOST_PIXELS = 2**23  # of a picture that nobody is refused
+_PIXELS_A_BYTE = 1000  # of a larger one
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
@@ -77,6 +79,9 @@ def open_picture(path: Path, label: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             picture = Image.open(path)
+            size = path.stat().st_size
+            if math.prod(picture.size) > max(_MOST_PIXELS, _PIXELS_A_BYTE * size):
+                raise ValueError(f"it claims {picture.width}x{picture.height} pixels, in {size} bytes")
             picture.load()
     except (OSError, SyntaxError, ValueError, Warning, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())

@@ -1,7 +1,6 @@
 """The task `detection`: a one-stage detector of mmdet, images, and how well it still finds things."""
 
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +28,7 @@ from ptqcore import (
 MODEL_FILE = "model.json"
 PREPROCESSING_FILE = "preprocessing.json"
 _MOST_FROM_A_FOLDER = 1024
+_FARTHEST = 1e9  # pixels
 _MOST_ANNOTATIONS = 2**30  # bytes: those of COCO's training images have 450 MB
 _COCO = {
     "images": ("id", "file_name"),
@@ -201,11 +201,13 @@ def _read_annotations(path: str) -> dict[str, Any]:
 
 def _check_entry(entry: dict[str, Any]) -> None:
     """Raises ValueError unless ids are whole numbers, names are texts and boxes are four finite numbers."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"an entry is {entry!r:.100}")
     for key, value in entry.items():
         wrong = key.endswith("id") and type(value) is not int
         wrong |= key == "file_name" and not isinstance(value, str)
         if key == "bbox":
             numbers = isinstance(value, list) and all(type(one) in (int, float) for one in value)
-            wrong |= not numbers or len(value) != 4 or not all(map(math.isfinite, value))
+            wrong |= not numbers or len(value) != 4 or not all(abs(one) < _FARTHEST for one in value)
         if wrong:
             raise ValueError(f"{key} is {value!r:.100}")
