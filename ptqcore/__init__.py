@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ptqcore.errors import PluginError as PluginError
     from ptqcore.errors import PtqError as PtqError
     from ptqcore.errors import RecipeError as RecipeError
+    from ptqcore.errors import SweepError as SweepError
     from ptqcore.errors import nearest as nearest
     from ptqcore.export.base import Exporter as Exporter
     from ptqcore.export.onnx_file import read_onnx_graph as read_onnx_graph
@@ -94,6 +95,9 @@ if TYPE_CHECKING:
     from ptqcore.step import Step as Step
     from ptqcore.step import StepOptions as StepOptions
     from ptqcore.step import check_globs as check_globs
+    from ptqcore.sweeps.specification import Sweep as Sweep
+    from ptqcore.sweeps.specification import read_sweep as read_sweep
+    from ptqcore.sweeps.sweep import sweep as sweep
     from ptqcore.tables import TimestepTable as TimestepTable
     from ptqcore.tables import packed_bytes as packed_bytes
     from ptqcore.tables import replace_by_table as replace_by_table
@@ -159,6 +163,10 @@ _HOME = {
     "Reconstruct": "learned_rounding",
     "ReconstructOptions": "learned_rounding",
     "BlockIO": "walk",
+    "Sweep": "sweeps.specification",
+    "read_sweep": "sweeps.specification",
+    "sweep": "sweeps.sweep",
+    "SweepError": "errors",
     "ArtifactError": "errors",
     "DataError": "errors",
     "ExportError": "errors",

@@ -60,6 +60,58 @@ def quantize(
     typer.echo(summarize(record, folder))
 
 
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="Recipes, models and seeds.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder for everything, by default runs/SWEEP.")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            help="A Ray cluster that sees the output folder: HOST:PORT, or auto; by default this machine.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Runs at a time, by default one for each core.")
+    ] = None,
+    retries: Annotated[
+        int, typer.Option("--retries", min=0, help="How often a run survives the death of its process.")
+    ] = 3,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what is finished; go on with the rest.")
+    ] = False,
+) -> None:
+    """Run recipes on models with seeds, several at a time on Ray, and compare them in one table.
+
+    A run that does not succeed stops no other: the table has the reason, and the exit code is 2 if input
+    was wrong, else 1.
+    """
+    from ptqcore.sweeps.specification import read_sweep
+
+    wanted = read_sweep(file)
+    from ptqcore.sweeps.sweep import sweep as run  # brings in torch: only once the file stands
+    from ptqcore.sweeps.table import to_markdown
+
+    folder = output or Path("runs") / file.stem
+    try:
+        rows = run(wanted, folder, address, workers, retries, resume)
+    except KeyboardInterrupt:  # typer would end the command without a word
+        print("interrupted; run the same command with --resume to go on", file=sys.stderr)
+        raise typer.Exit(130) from None
+    typer.echo(to_markdown(rows))
+    typer.echo(f"table: {folder / 'sweep.md'}, sweep.csv, sweep.json and sweep.html")
+    states = [row.state for row in rows]
+    if missing := len(states) - states.count("done"):
+        print(
+            f"error: {missing} of {len(states)} runs did not succeed: mend what the table says, then run "
+            "the same command with --resume",
+            file=sys.stderr,
+        )
+        raise typer.Exit(2 if "refused" in states else 1)
+
+
 @app.command("map")
 def show_map(
     plugin: PluginName,
