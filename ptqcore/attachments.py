@@ -143,9 +143,7 @@ def build_attachments(model: nn.Module, entries: list[AttachmentEntry], find: Fi
         except PtqError:
             raise
         except Exception as error:  # the settings are whatever a file says
-            raise ArtifactError(
-                f"attachment {entry.name!r} of {entry.path!r}: {one_line(error)}"
-            ) from None
+            raise ArtifactError(f"attachment {entry.name!r} of {entry.path!r}: {one_line(error)}") from None
         attachments = attachments_of(module)
         if attachments is not None and entry.path not in cleared:
             attachments.places.clear()

@@ -146,7 +146,7 @@ class EvaluateSection(BaseModel):
 class Recipe(BaseModel):
     """One run: what is quantized, how, in which steps, and what is written."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = ""

@@ -40,7 +40,7 @@ class Chain:
 class StepOptions(BaseModel):
     """Options of a step in a recipe; subclasses add fields, unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True)

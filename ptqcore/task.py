@@ -18,7 +18,7 @@ Judged = Literal["full precision", "naive baseline", "quantized"]
 class TaskOptions(BaseModel):
     """The `task` section of a recipe without `kind`; subclasses add fields, unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Task(ABC):

@@ -12,7 +12,7 @@ from ptqcore.spec import QuantSpec
 class ObserverOptions(BaseModel):
     """Options of an observer; subclasses add fields, unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Observer(ABC):

@@ -13,7 +13,7 @@ Three = tuple[float, float, float]
 class Preprocess(BaseModel):
     """Resize, order the channels, and (pixel / 255 - mean) / std; keys of `task.preprocess`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     size: tuple[int, int] | None = Field(
         default=None, description="[height, width] that the network sees; null: images stay as they are"

@@ -31,7 +31,7 @@ SETTINGS_FILE = "kv_cache.json"
 class KVCacheOptions(BaseModel):
     """Keys of `task.kv_cache`: how keys and values are kept while a model decodes."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     bits: int = Field(default=4, ge=2, le=8, description="bits of keys and values")
     values_bits: int | None = Field(default=None, ge=2, le=8, description="bits of values if not `bits`")

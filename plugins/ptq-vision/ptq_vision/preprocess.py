@@ -19,7 +19,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Preprocess(BaseModel):
     """Resize, crop, order the channels, and `(pixel · scale - mean) / std`; keys of `task.preprocess`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     size: int | tuple[int, int] | None = Field(
         default=224,
