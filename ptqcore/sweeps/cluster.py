@@ -27,9 +27,10 @@ def connected(address: str | None, workers: int | None, runs: int) -> Iterator["
     Raises:
         SweepError: if Ray is not installed, cannot be started, or is not there.
     """
-    ray = _import_ray()
     if address is not None:
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # by default Ray tries for many minutes
         _check_port(address)
+    ray = _import_ray()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = min(workers or cores, runs)
     threads = _threads(cores, wanted)
@@ -107,7 +108,7 @@ def _threads(cores: int, workers: int) -> int:
 
 
 def _check_port(address: str) -> None:
-    """Ray itself would try for minutes.
+    """Make sure, at once, that something listens at an address.
 
     Raises:
         SweepError: if nothing listens there.
