@@ -19,7 +19,8 @@ from ptqcore.progress import duration, say, track
 from ptqcore.run import WORK
 from ptqcore.sweeps.cluster import Cluster, connected
 from ptqcore.sweeps.job import Job, Outcome
-from ptqcore.sweeps.specification import Run, Sweep, make_runs
+from ptqcore.sweeps.runs import Run, make_runs
+from ptqcore.sweeps.specification import Sweep
 from ptqcore.sweeps.table import Row, write_tables
 from ptqcore.version import __version__
 

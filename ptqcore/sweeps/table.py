@@ -9,7 +9,7 @@ from ptqcore import files
 from ptqcore.report.table_page import BarChart, TablePage
 from ptqcore.report.table_text import Cell, csv_table, markdown_table
 from ptqcore.sweeps.job import Outcome
-from ptqcore.sweeps.specification import Run
+from ptqcore.sweeps.runs import Run
 
 State = Literal["waiting", "done", "refused", "failed"]
 NOTES = (

@@ -55,6 +55,7 @@ def test_importing_all_of_the_core_imports_no_plugin():
         ["--help"],
         ["quantize", "--help"],
         ["map", "--help"],
+        ["sweep", "--help"],
         ["llm", "--help"],
         ["llm", "bench", "--help"],
         ["plugins"],
@@ -105,7 +106,7 @@ def test_a_name_that_is_not_public_is_an_attribute_error():
 def test_help_names_every_command(ptq):
     code, out, _ = ptq("--help")
     assert code == 0
-    for command in ("quantize", "map", "plugins", "recipe"):
+    for command in ("quantize", "sweep", "map", "plugins", "recipe"):
         assert command in out
 
 

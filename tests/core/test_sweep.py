@@ -13,7 +13,7 @@ from fake_distribution import write_distribution
 from ptqcore import RecipeError, read_sweep
 from ptqcore.plugin import discover
 from ptqcore.sweeps.job import Outcome, carry_out
-from ptqcore.sweeps.specification import make_runs
+from ptqcore.sweeps.runs import make_runs
 
 RECIPE = {"task": {"kind": "small"}, "quant": {"weights": {"bits": 4}}, "steps": ["round"]}
 
