@@ -57,13 +57,15 @@ class _Limit(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _new_bytes(func: Any, args: Any, kwargs: dict[str, Any]) -> int:
     """Bytes that an operation allocates."""
     given, named = tree_map(_outline, (args, kwargs))
-    if any(leaf.is_meta for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)):
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if named.get("device") is not None:
+        if torch.device(named["device"]).type == "meta":
+            return 0
+    elif any(tensor.is_meta for tensor in tensors):
         return 0
     if "device" in named:
-        if named["device"] is not None and torch.device(named["device"]).type == "meta":
-            return 0
         named["device"] = torch.device("meta")
-    elif not any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
+    elif not tensors:
         return 0
     try:
         made = func(*given, **named)

@@ -21,6 +21,7 @@ Rotation = Callable[[Tensor], Tensor]
 
 _MOST_DENSE = 128  # a larger power of two is split
 _MOST_DOUBLINGS = 3
+_MOST_CHANNELS = 2**17  # of an attachment
 
 
 def random_rotation(size: int, generator: torch.Generator) -> Rotation:
@@ -127,6 +128,8 @@ class Hadamard(Attachment):
 
     def __init__(self, size: int, width: int = 1) -> None:
         super().__init__()
+        if not 1 <= size <= _MOST_CHANNELS:
+            raise ValueError(f"it rotates 1 to {_MOST_CHANNELS} channels, not {size}")
         self.size, self.width = size, width
         self.register_buffer("signs", torch.ones(size, dtype=torch.int8))
         unknown = unknown_order(size)

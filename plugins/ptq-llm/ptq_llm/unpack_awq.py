@@ -27,6 +27,7 @@ class Layout:
         """
         if any(part in name for part in config["modules_to_not_convert"]):
             return None
+        whole(config, "bits", 4, 4)
         return cls(whole(config, "group_size", 1, 2**31))
 
     def tensors(self) -> set[str]:
