@@ -90,8 +90,6 @@ def test_a_configuration_of_a_model_that_is_not_there(refused, folder, key, valu
 def test_a_model_far_larger_than_its_weights_is_not_built(refused, folder, changes):
     change(folder / "config.json", **changes)
     assert "describes far " in refused(folder)
-        folder
-    )
 
 
 @pytest.mark.parametrize(
