@@ -13,6 +13,9 @@ from ptqcore.tensor_header import read_tensor_header
 
 _INDICES = "*.safetensors.index.json"
 _ROOM = 2**20
+_COUNTS = re.compile(r"layers|blocks|depth|block_count")
+_LEAST = 64  # bytes of a layer
+_LAYERS = 4096
 _NO_SIZE = re.compile(r"theta|position|seed|context|window|base|m(ax|in)_(length|seq)")
 
 
@@ -53,7 +56,8 @@ def read_weights(folder: Path) -> Weights:
 
 
 def check_config(config: Any, size: int) -> None:
-    """Refuse a model's configuration with sizes above a million and above the bytes of its weights.
+    """Refuse a model's configuration with sizes above a million and above the bytes of its weights, or more
+    than 4096 layers that these have no room for.
 
     Args:
         config: of `config.json`, or of a part of the model inside it.
@@ -69,7 +73,8 @@ def check_config(config: Any, size: int) -> None:
             check_config(value, size)
             continue
         for number in value if isinstance(value, list | tuple) else [value]:
-            if type(number) is int and abs(number) > max(size, _ROOM) and not _NO_SIZE.search(key):
+            most = max(size // _LEAST, _LAYERS) if _COUNTS.search(key) else max(size, _ROOM)
+            if type(number) is int and abs(number) > most and not _NO_SIZE.search(key):
                 raise ValueError(f"the configuration has {key} {number}, but the weights have {size} bytes")
 
 

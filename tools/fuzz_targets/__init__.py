@@ -12,3 +12,13 @@ def all_targets() -> dict[str, Target]:
     return {
         target.name: target for room in ROOMS for target in import_module(f"fuzz_targets.{room}").TARGETS
     }
+
+
+def find_target(name: str) -> Target:
+    """The target of that name; rooms behind its own are not imported.
+
+    Raises:
+        StopIteration: if there is none.
+    """
+    targets = (target for room in ROOMS for target in import_module(f"fuzz_targets.{room}").TARGETS)
+    return next(target for target in targets if target.name == name)

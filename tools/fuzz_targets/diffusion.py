@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
-from fuzz_targets.core import quantize_layer
+from fuzz_targets.core import mend_artifact, quantize_layer
 from fuzz_targets.target import Target
 from ptq_diffusion import hub, pipelines
 from ptq_diffusion.classifier import Classifier, load_classifier
-from ptq_diffusion.denoising import Denoising
-from ptqcore import QuantSpec, write_tensors
+from ptqcore import QuantSpec, artifact, load, write_tensors
 
 
 def _unet() -> Any:
@@ -38,11 +37,7 @@ def write_denoiser(folder: Path) -> None:
 def write_assets(folder: Path) -> None:
     (folder / "assets").mkdir()
     (folder / "assets/denoiser.json").write_text(_unet().to_json_string())
-    write_tensors(folder / "model.safetensors", _unet().state_dict())
-
-
-def read_assets(folder: Path) -> None:
-    Denoising.build(folder / "assets")
+    artifact.save(_unet(), folder, "diffusion", "denoising", "0")
 
 
 def write_quantized(folder: Path) -> None:
@@ -68,7 +63,7 @@ def write_classifier(folder: Path) -> None:
 TARGETS = (
     Target("diffusers-pipeline", write_pipeline, read_pipeline),
     Target("diffusers-denoiser", write_denoiser, read_pipeline),
-    Target("denoiser-assets", write_assets, read_assets),
+    Target("denoiser-artifact", write_assets, load, mend_artifact),
     Target("quantized-pipeline", write_quantized, read_quantized),
     Target("classifier", write_classifier, load_classifier),
 )

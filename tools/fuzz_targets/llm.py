@@ -1,6 +1,7 @@
 """Models, GGUF files and quantized checkpoints of ptq-llm."""
 
 import json
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,21 +10,25 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from fuzz_targets.core import quantize_layer
+from fuzz_targets.core import mend_artifact, quantize_layer
 from fuzz_targets.target import Target
 from ptq_llm import models as language_models
 from ptq_llm.awq_format import AWQ
-from ptq_llm.causal_lm import CausalLM
 from ptq_llm.compressed_tensors import CompressedTensors
 from ptq_llm.gguf_check import check_gguf
 from ptq_llm.gguf_export import FILE, GGUF
 from ptq_llm.gptq_format import GPTQ
 from ptq_llm.kv_cache import KVCacheOptions, new_cache
-from ptqcore import Exporter, ModelError, QuantLinear, QuantSpec
+from ptqcore import Exporter, ModelError, QuantLinear, QuantSpec, artifact, load
 
 _GRID: Any = {"bits": 4, "granularity": "group", "group_size": 32, "scale_dtype": "float16"}
+
+
+# transformers imports every configuration that it has once a name is unknown: no reader is to blame.
+with suppress(ValueError):
+    AutoConfig.for_model("unknown")
 
 
 @cache
@@ -78,12 +83,14 @@ def read_folder(folder: Path) -> None:
 def write_assets(folder: Path) -> None:
     (folder / "assets").mkdir()
     (folder / "assets/kv_cache.json").write_text(KVCacheOptions(bits=4).model_dump_json())
-    _model().config.save_pretrained(folder / "assets")
+    model = _model()
+    model.config.save_pretrained(folder / "assets")
+    artifact.save(model, folder, "llm", "causal-lm", "0")
 
 
 def read_assets(folder: Path) -> None:
     new_cache(folder)
-    CausalLM.build(folder / "assets")
+    load(folder)
 
 
 def write_export(kind: type[Exporter], symmetric: bool, folder: Path) -> None:
@@ -119,7 +126,7 @@ def write_dynamic(folder: Path) -> None:
 _gptq = partial(read_export, GPTQ, False)
 TARGETS = (
     Target("hf-folder", write_folder, read_folder),
-    Target("llm-assets", write_assets, read_assets),
+    Target("llm-artifact", write_assets, read_assets, mend_artifact),
     Target("gguf", partial(write_export, GGUF, False), read_gguf),
     Target("gguf-header", partial(write_export, GGUF, False), read_gguf_header),
     Target("gguf-export", partial(write_export, GGUF, True), partial(read_export, GGUF, True)),

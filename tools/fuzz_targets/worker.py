@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from fuzz_targets import all_targets
+from fuzz_targets import find_target
 from fuzz_targets.memory import ALWAYS, Peak
 from fuzz_targets.mutations import mutate
 from ptqcore import PtqError
@@ -41,7 +41,7 @@ def work(
         limit: seconds that one execution may take.
         folder: `seed` and `case` are made in it.
     """
-    target = all_targets()[name]
+    target = find_target(name)
     good, case = folder / "seed", folder / "case"
     if not good.exists():
         good.mkdir(parents=True)

@@ -172,7 +172,7 @@ def _schedule(folder: Path, name: str | None) -> Any:
     except (OSError, ValueError) as error:
         raise ModelError(f"task.pipeline {str(folder)!r} cannot be loaded: {line_of(error)}") from error
     chosen = name or base.get("_class_name")
-    if chosen is None:
+    if not isinstance(chosen, str):
         raise ModelError(
             f"task.pipeline {str(folder)!r} is a denoiser without a scheduler: set task.scheduler to a "
             "class of diffusers, for example DDIMScheduler"

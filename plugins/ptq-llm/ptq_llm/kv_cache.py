@@ -23,7 +23,16 @@ from transformers.cache_utils import (
 )
 
 from ptq_llm.state_store import StateStore
-from ptqcore import ArtifactError, ModelError, check_config, one_line, read_bytes, read_json, read_weights
+from ptqcore import (
+    ArtifactError,
+    ModelError,
+    PtqError,
+    check_config,
+    one_line,
+    read_bytes,
+    read_json,
+    read_weights,
+)
 
 SETTINGS_FILE = "kv_cache.json"
 
@@ -211,6 +220,8 @@ def new_cache(folder: str | Path) -> QuantizedKVCache:
         options = KVCacheOptions.model_validate_json(read_bytes(file))
         check_config(read_json(assets / "config.json"), read_weights(folder).size)
         config = AutoConfig.from_pretrained(assets, local_files_only=True, trust_remote_code=False)
+        return QuantizedKVCache(config, options)
+    except PtqError:
+        raise
     except Exception as error:  # transformers' configurations raise what they like
         raise ArtifactError(f"the KV cache of {folder} cannot be read: {one_line(error)}") from error
-    return QuantizedKVCache(config, options)

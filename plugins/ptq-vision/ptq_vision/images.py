@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -13,12 +14,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ptq_vision.preprocess import Pixels
-from ptqcore import DataError, one_line
+from ptqcore import DataError, one_line, read_bytes
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 _ARRAYS = ".npz"
 _ROOM = 2**28  # bytes of an unpacked array that nobody is refused
 _MOST_COMPRESSED = 64
+_MOST_BYTES = 2**28  # of a picture
 _MOST_PIXELS = 2**23  # of a picture that nobody is refused
 _PIXELS_A_BYTE = 1000  # of a larger one
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -78,8 +80,8 @@ def open_picture(path: Path, label: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(path)
-            size = path.stat().st_size
+            content = read_bytes(path, _MOST_BYTES)  # no parts of a file are read that are only claimed
+            picture, size = Image.open(BytesIO(content)), len(content)
             if math.prod(picture.size) > max(_MOST_PIXELS, _PIXELS_A_BYTE * size):
                 raise ValueError(f"it claims {picture.width}x{picture.height} pixels, in {size} bytes")
             picture.load()
