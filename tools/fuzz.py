@@ -98,7 +98,7 @@ def _run(
     tally: Counter[str] = Counter()
     (folder / "number").unlink(missing_ok=True)
     with (folder / "stderr").open("w+") as stderr:
-        command = [sys.executable, __file__, "--worker", *map(str, arguments)]
+        command = [sys.executable, sys.argv[0], "--worker", *map(str, arguments)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:

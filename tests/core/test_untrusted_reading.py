@@ -267,3 +267,7 @@ def test_what_a_parser_raises_becomes_one_sentence(error):
 def test_our_own_sentences_stay_as_they_are():
     with pytest.raises(ModelError, match=r"^as it is$"), one_sentence("label", ModelError):
         raise ModelError("as it is")
+
+
+def test_names_from_a_file_do_not_break_a_sentence():
+    assert str(ModelError("no layer 'a\nb'\r\n")) == "no layer 'a b'"

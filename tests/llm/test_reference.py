@@ -75,3 +75,15 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(quantize, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"task\.shared '.*file/shared' cannot be made: Not a directory"):
         quantize(f"task.shared={tmp_path / 'file' / 'shared'}")
+
+
+def test_a_damaged_file_of_figures_is_one_sentence(quantize, tmp_path):
+    shared = tmp_path / "shared"
+    quantize(f"task.shared={shared}")
+    (file,) = shared.glob("reference-*.safetensors")
+    file.write_bytes(b"damaged")
+    with pytest.raises(
+        DataError, match=r"reference-.*, kept by an earlier run, is damaged: remove it \(its header"
+    ):
+        quantize(f"task.shared={shared}")
+    assert file.read_bytes() == b"damaged"

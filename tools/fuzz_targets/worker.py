@@ -105,7 +105,7 @@ def _read(read: Any, case: Path) -> tuple[str, str]:
         read(case)
     except PtqError as error:
         text = str(error)
-        return ("refused", text) if text and "\n" not in text else ("two lines", repr(text))
+        return ("refused", text) if text and "\n" not in text else ("no sentence", repr(text))
     except BaseException:
         return "crash", traceback.format_exc()
     return "read", ""

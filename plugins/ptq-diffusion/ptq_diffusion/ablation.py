@@ -19,7 +19,17 @@ from typing import Any
 from ptq_diffusion import pipelines
 from ptq_diffusion.ablation_table import Row, Switch, Variant, write_tables
 from ptq_diffusion.denoising import DenoisingOptions
-from ptqcore import DataError, Recipe, RecipeError, digest_files, digest_of, find_recipe, quantize, say
+from ptqcore import (
+    DataError,
+    Recipe,
+    RecipeError,
+    digest_files,
+    digest_of,
+    find_recipe,
+    quantize,
+    read_json,
+    say,
+)
 
 PLUGIN = "diffusion"
 BASE = "w4a8"
@@ -77,8 +87,8 @@ class Run:
         if not (self.folder / "manifest.json").is_file():
             return None
         try:
-            found: dict[str, float] = json.loads((self.folder / "metrics.json").read_text("utf-8"))["after"]
-        except (OSError, ValueError, KeyError):
+            found: dict[str, float] = read_json(self.folder / "metrics.json")["after"]
+        except (OSError, ValueError, KeyError, TypeError):
             return None
         return found
 

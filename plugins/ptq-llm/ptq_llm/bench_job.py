@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ptqcore import write_text
+from ptqcore import read_json, write_text
 
 Kind = Literal["text", "task"]
 
@@ -122,7 +122,7 @@ class Job:
 def _read(file: str) -> dict[str, Any] | None:
     """What a file holds; None if it is not there, or is damaged."""
     try:
-        found = json.loads(Path(file).read_text(encoding="utf-8"))
+        found = read_json(Path(file))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

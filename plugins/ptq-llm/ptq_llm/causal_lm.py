@@ -5,14 +5,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ptq_llm import kv_cache, models, text
 from ptq_llm.decoding import DecodingJudge
 from ptq_llm.kv_cache import KVCacheOptions
 from ptq_llm.metrics import Judge
-from ptq_llm.reference import measure_reference
+from ptq_llm.reference import measure_reference, read_kept
 from ptqcore import DataError, Recipe, RecipeError, Task, TaskOptions, digest_of, write_tensors
 
 SELF = "self"
@@ -226,5 +225,5 @@ class CausalLM(Task):
             if not file.is_file():
                 special = list(self._tokenizer.all_special_ids)
                 write_tensors(file, {"tokens": text.write(self._model, special, count, length, self.seed)})
-            self._written = load_file(file)["tokens"]
+            self._written = read_kept(file)["tokens"]
         return self._written

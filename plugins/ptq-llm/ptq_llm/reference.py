@@ -4,12 +4,28 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ptqcore import write_tensors
+from ptqcore import DataError, read_tensor_header, write_tensors
 
 _METRIC = "metric "
+
+
+def read_kept(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file that an earlier run has kept.
+
+    Raises:
+        DataError: if it is damaged.
+    """
+    try:
+        read_tensor_header(file)
+        return load_file(file)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DataError(
+            f"{str(file)!r}, kept by an earlier run, is damaged: remove it ({error})"
+        ) from error
 
 
 class Judging(Protocol):
@@ -33,9 +49,10 @@ def measure_reference(judge: Judging, model: Any, label: str, file: Path | None)
 
     Raises:
         ArtifactError: if the file cannot be written.
+        DataError: if it is damaged.
     """
     if file is not None and file.is_file():
-        kept = load_file(file)
+        kept = read_kept(file)
         metrics = [name for name in sorted(kept) if name.startswith(_METRIC)]
         judge.reference = {name: tensor for name, tensor in kept.items() if name not in metrics}
         return {name.split(" ", 2)[2]: float(kept[name]) for name in metrics}

@@ -10,9 +10,12 @@ from typing import Any
 import yaml
 
 from ptq_llm.models import LanguageModel
-from ptqcore import DataError, digest_files, digest_of
+from ptqcore import DataError, digest_files, digest_of, one_line, read_bytes
 
 _BUILDERS = ("arrow", "csv", "json", "parquet", "text")
+
+
+_MOST_BYTES = 2**20
 
 
 class _Loader(yaml.SafeLoader):
@@ -49,19 +52,21 @@ def task_files(path: str) -> list[Path]:
     return files
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[Path]]:
+def _read(path: Path, includers: tuple[Path, ...] = ()) -> tuple[dict[str, Any], list[Path]]:
     """A task's configuration with what it includes, and the files that it was read from."""
+    if path.resolve() in includers:
+        raise DataError(f"--tasks {str(path)!r} includes itself: remove its key include")
     try:
-        config = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        config = yaml.load(read_bytes(path, _MOST_BYTES).decode("utf-8"), _Loader)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise DataError(f"--tasks {str(path)!r} cannot be read: {reason}") from None
     if not isinstance(config, dict):
         raise DataError(f"--tasks {str(path)!r} must be a mapping of keys, not {type(config).__name__}")
     included: dict[str, Any] = {}
     files = [path]
     for name in _flat(config.pop("include", [])):
-        found, more = _read(path.parent / name)
+        found, more = _read(path.parent / name, (*includers, path.resolve()))
         included |= found
         files += more
     return included | config, files
