@@ -59,12 +59,14 @@ if TYPE_CHECKING:
     from ptqcore.packed import QuantizedTensor as QuantizedTensor
     from ptqcore.packed import pack_bits as pack_bits
     from ptqcore.packed import unpack_bits as unpack_bits
+    from ptqcore.picture_size import stated_size as stated_size
     from ptqcore.placement import Edge as Edge
     from ptqcore.plan import find_recipe as find_recipe
     from ptqcore.plugin import Plugin as Plugin
     from ptqcore.progress import say as say
     from ptqcore.progress import track as track
     from ptqcore.quantizers import FakeQuant as FakeQuant
+    from ptqcore.quantizers import LearnedCodes as LearnedCodes
     from ptqcore.quantizers import LearnedRounding as LearnedRounding
     from ptqcore.reading import one_line as one_line
     from ptqcore.reading import one_sentence as one_sentence
@@ -119,6 +121,7 @@ _HOME = {
     "Op": "dataflow",
     "tensors_in": "dataflow",
     "trace": "dataflow",
+    "LearnedCodes": "quantizers",
     "LearnedRounding": "quantizers",
     "Objective": "reconstruction",
     "Problem": "reconstruction",
@@ -148,6 +151,7 @@ _HOME = {
     "read_bytes": "reading",
     "read_json": "reading",
     "read_tensor_header": "tensor_header",
+    "stated_size": "picture_size",
     "StoredTensor": "tensor_header",
     "put_weights": "checkpoints",
     "read_checkpoint": "checkpoints",

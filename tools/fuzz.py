@@ -106,7 +106,9 @@ def _run(
                     continue
                 said = json.loads(line[1:])
                 if "found" in said:
-                    failures.keep(reader, said["number"], said["found"], said["details"], folder / "case")
+                    kept = Path(said["kept"])
+                    failures.keep(reader, said["number"], said["found"], said["details"], kept)
+                    shutil.rmtree(kept)
                 else:
                     tally = Counter(said["tally"])
                     result.done, result.seconds = before + said["done"], spent + said["seconds"]

@@ -17,8 +17,7 @@ from ptq_lane import detectors
 from ptq_lane.frames import Frames, read_frames
 from ptq_lane.labels import read_labels
 from ptq_lane.lanes import Frame
-from ptq_lane.picture_size import stated_size
-from ptqcore import DataError, ModelError, PtqError, artifact
+from ptqcore import DataError, ModelError, PtqError, artifact, stated_size
 
 NAME = "clips/0/20.jpg"
 FRAMES = Frames([NAME], Frame(1280, 720), lambda _: np.zeros((720, 1280, 3), np.uint8))
@@ -134,6 +133,15 @@ def test_the_size_that_a_picture_states(suffix):
 def test_any_bytes_state_a_size_or_none(start, rest):
     found = stated_size(start + rest)
     assert found is None or all(side >= 0 for side in found)
+
+
+def test_a_png_with_a_part_longer_than_the_file_is_not_decoded(tmp_path):
+    whole = bytearray(encoded(".png"))
+    whole[33:37] = struct.pack(">I", 2**32 - 1)
+    (tmp_path / "a.png").write_bytes(whole)
+    assert stated_size(bytes(whole)) is None
+    with pytest.raises(DataError, match="it is cut off, damaged, or no picture at all"):
+        read_frames(str(tmp_path), "task.images")
 
 
 def test_a_picture_that_claims_more_than_its_bytes_hold(tmp_path):

@@ -107,6 +107,17 @@ def test_a_picture_that_claims_more_than_its_bytes_hold(tmp_path):
         images.read(0)
 
 
+def test_a_canvas_is_not_made_before_its_size_is_known(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.webp", lossless=True)
+    whole = bytearray((tmp_path / "a.webp").read_bytes())
+    (bits,) = struct.unpack_from("<I", whole, 21)
+    struct.pack_into("<I", whole, 21, bits | 0xFFFFFFF)
+    (tmp_path / "a.webp").write_bytes(whole)
+    images = read_images(str(tmp_path), "task.images")
+    with pytest.raises(DataError, match="it claims 16384x16384 pixels, in"):
+        images.read(0)
+
+
 @given(content=st.binary(max_size=200), suffix=st.sampled_from([".png", ".jpg", ".bmp", ".webp", ".ppm"]))
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes_are_no_picture(tmp_path, content, suffix):

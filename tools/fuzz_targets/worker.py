@@ -74,7 +74,9 @@ def work(
             details = f"{taken / 2**20:.0f} MiB for a file of {size} bytes; {details}"
         tally[outcome] += 1
         if outcome not in ("read", "refused"):
-            _say(found=outcome, number=number, details=details)
+            kept = folder / f"case-{number}"  # the next case takes the place of this one
+            case.rename(kept)
+            _say(found=outcome, number=number, details=details, kept=str(kept))
         now = time.monotonic() - started
         if now - said > _EVERY or now > seconds:
             said = now

@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_lane.lanes import Frame
-from ptq_lane.picture_size import stated_size
-from ptqcore import DataError, read_bytes
+from ptqcore import DataError, read_bytes, stated_size
 
 Pixels = NDArray[np.uint8]
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ptq_vision.preprocess import Pixels
-from ptqcore import DataError, one_line, read_bytes
+from ptqcore import DataError, one_line, read_bytes, stated_size
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 _ARRAYS = ".npz"
@@ -81,14 +81,21 @@ def open_picture(path: Path, label: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             content = read_bytes(path, _MOST_BYTES)  # no parts of a file are read that are only claimed
-            picture, size = Image.open(BytesIO(content)), len(content)
-            if math.prod(picture.size) > max(_MOST_PIXELS, _PIXELS_A_BYTE * size):
-                raise ValueError(f"it claims {picture.width}x{picture.height} pixels, in {size} bytes")
+            _check_size(stated_size(content) or (0, 0), len(content))
+            picture = Image.open(BytesIO(content))
+            _check_size(picture.size, len(content))
             picture.load()
     except (OSError, SyntaxError, ValueError, Warning, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{label}: {path.name!r} cannot be read, replace or remove it: {reason}") from error
     return picture
+
+
+def _check_size(size: tuple[int, int], stored: int) -> None:
+    """Raises ValueError if a picture claims far more pixels than its bytes can hold."""
+    width, height = size
+    if width * height > max(_MOST_PIXELS, _PIXELS_A_BYTE * stored):
+        raise ValueError(f"it claims {width}x{height} pixels, in {stored} bytes")
 
 
 def _folder(folder: Path, label: str) -> ImageSet:

@@ -8,12 +8,13 @@ _WITHOUT_LENGTH = {0x01, *range(0xD0, 0xDA)}
 
 
 def stated_size(content: bytes) -> tuple[int, int] | None:
-    """(width, height) of a JPEG, PNG, BMP, WebP or PPM file; None if it states none."""
+    """(width, height) of a JPEG, PNG, BMP, WebP or PPM file; None if it states none, or is a PNG file of
+    which a part claims to be longer than what is left: decoders take memory for such."""
     try:
         if content.startswith(b"\xff\xd8"):
             return _jpeg(content)
         if content.startswith(b"\x89PNG"):
-            return struct.unpack_from(">II", content, 16)
+            return _png(content)
         if content.startswith(b"BM"):
             return _bmp(content)
         if content.startswith(b"RIFF"):
@@ -36,6 +37,15 @@ def _jpeg(content: bytes) -> tuple[int, int] | None:
             length = 0 if marker in _WITHOUT_LENGTH else struct.unpack_from(">H", content, place + 2)[0]
             place += 2 + length
     return None
+
+
+def _png(content: bytes) -> tuple[int, int] | None:
+    width, height = struct.unpack_from(">II", content, 16)
+    place, kind = 8, b""
+    while kind != b"IEND" and place < len(content):
+        length, kind = struct.unpack_from(">I4s", content, place)
+        place += 12 + length
+    return (width, height) if place <= len(content) else None
 
 
 def _bmp(content: bytes) -> tuple[int, int]:
