@@ -13,25 +13,25 @@ from ptqcore.attachments import without_hooks
 from ptqcore.blocks import Block
 from ptqcore.calibration import Calibration
 from ptqcore.dataflow import Op
-from ptqcore.learned_rounding import Reconstruct, ReconstructOptions
+from ptqcore.learned_rounding import Learning, LearningOptions
 from ptqcore.modules import rows_to_weight, weight_rows
 from ptqcore.placement import CLIPPING, LAYERS
 from ptqcore.quantizers import LearnedRounding
 from ptqcore.reconstruction import Problem
 
 
-class AdaRoundOptions(ReconstructOptions):
-    """As of reconstruction, of every layer on its own."""
+class AdaRoundOptions(LearningOptions):
+    """As of learning, of every layer on its own."""
 
     inputs: Literal["quantized", "full-precision"] = Field(default="quantized")
 
 
-class AdaRound(Reconstruct):
+class AdaRound(Learning):
     """Minimises ‖f(Wx) − f(W̃x̂)‖² for one layer after the other (eq. 25): x from the full-precision
     model, x̂ from the quantized prefix, f the clipping activation function behind the layer, if any."""
 
     name = "adaround"
-    Options: ClassVar[type[ReconstructOptions]] = AdaRoundOptions
+    Options: ClassVar[type[LearningOptions]] = AdaRoundOptions
     options: AdaRoundOptions
 
     def block(self, block: Block, calibration: Calibration) -> None:
@@ -39,16 +39,16 @@ class AdaRound(Reconstruct):
         traced = [call.path for call in self._flow.calls if call.path in layers]
         called = dict.fromkeys([*traced, *layers])  # other samples may take another way
         outputs = calibration.record(called, exact=True, outputs=True)
-        generator = self._generator(block)
+        generator = self.generator(block)
         for path in called:
             found = calibration.record([path], exact=self.options.inputs == "full-precision")[path]
             layer = layers[path]
             inputs, targets = _pairs(layer, found, outputs.pop(path, []))
             rounding = LearnedRounding(weight_rows(layer), self.nearest(path, layer, calibration))
             problem = _problem(path, layer, rounding, inputs, targets, self._behind(path))
-            problem.at_once = self._at_once(Block(block.model, path), calibration)
+            problem.at_once = self.at_once(Block(block.model, path), calibration)
             if inputs:
-                self._reconstruct(problem, self.options.schedule(), generator)
+                self.learn(problem, self.options.schedule(), generator)
             calibration.losses += problem.history
             self.quantize_layer(block, calibration, path, rounding.hard())
 

@@ -15,7 +15,7 @@ from ptqcore.dataflow import tensors_in
 from ptqcore.edges import TensorFunction
 from ptqcore.modules import rows_to_weight
 from ptqcore.placement import Edge
-from ptqcore.quantizers import FakeQuant, LearnedBias, LearnedRounding, LearnedStep, random_mask
+from ptqcore.quantizers import FakeQuant, LearnedBias, LearnedStep, LearnedWeight, random_mask
 from ptqcore.timesteps import at
 from ptqcore.walk import BlockIO
 
@@ -47,7 +47,7 @@ class BlockLearner:
         self,
         io: BlockIO,
         exact: list[list[Tensor]],
-        roundings: dict[str, LearnedRounding],
+        roundings: dict[str, LearnedWeight],
         quantizers: dict[Edge, FakeQuant],
         precision: torch.dtype,
         biases: bool = False,

@@ -1,6 +1,7 @@
 """The steps `brecq` and `qdrop`: rounding learned by reconstructing each block's output."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 from zlib import crc32
@@ -18,46 +19,64 @@ from ptqcore.errors import ModelError
 from ptqcore.modules import weight_rows
 from ptqcore.packed import QuantizedTensor
 from ptqcore.placement import LAYERS, Edge
-from ptqcore.quantizers import FakeQuant, LearnedBias, LearnedRounding, LearnedStep
+from ptqcore.quantizers import (
+    FakeQuant,
+    LearnedBias,
+    LearnedCodes,
+    LearnedRounding,
+    LearnedStep,
+    LearnedWeight,
+)
 from ptqcore.reconstruction import Objective, Problem, Schedule, reconstruct
 from ptqcore.step import Step, StepOptions
 
 _CACHE_BYTES = 2**23
+_CODES_RATE = 2e-2  # steps of a weight's grid an update
 _INPUTS = {"quantized": 1.0, "full-precision": 0.0}
 
 
-class ReconstructOptions(StepOptions):
-    """iterations, batch: updates per block and samples in each. rate, step_rate: learning rates of
-    the rounding variables, and of the activation steps (relative to the step); null chooses them so
-    that this many iterations can move a variable across its range. precision: of the block's
-    computation. inputs: what flows into a block while it learns. learn_steps: whether the activation
-    steps are learned too; learn_biases: whether those of the layers that have one are."""
+class LearningOptions(StepOptions):
+    """iterations, batch: updates per block or layer, and samples in each. rate: learning rate of the
+    weights' variables; null chooses it so that this many iterations can move a variable across its range.
+    precision: of the computation. inputs: what flows in meanwhile."""
 
     iterations: int = Field(default=400, ge=1)
     batch: int = Field(default=16, ge=1)
     rate: float | None = Field(default=None, gt=0)
-    step_rate: float | None = Field(default=None, gt=0)
     precision: Literal["float32", "bfloat16"] = "float32"
     inputs: Literal["quantized", "full-precision", "mixed"] = "quantized"
+
+    def schedule(self, share: float = 1.0) -> Schedule:
+        """The schedule of one block or layer, or of a share of its iterations."""
+        iterations = max(round(self.iterations * share), 1)
+        rate = self.rate or max(1e-3, 6.0 / iterations)
+        return Schedule(iterations, self.batch, rate, min(1e-2, 3.0 / iterations))
+
+
+class ReconstructOptions(LearningOptions):
+    """As of learning; weights: how those are learned, `adaround`: up or down from where they are, or
+    `adaquant`: to any value of their grids. learn_steps: whether the steps of activations are learned
+    too, step_rate: how fast, relative to the step; learn_biases: whether those of the layers that have
+    one are."""
+
+    weights: Literal["adaround", "adaquant"] = "adaround"
+    step_rate: float | None = Field(default=None, gt=0)
     learn_steps: bool = True
     learn_biases: bool = False
 
     def schedule(self, share: float = 1.0) -> Schedule:
         """The schedule of one block, or of a share of its iterations."""
-        iterations = max(round(self.iterations * share), 1)
-        rate = self.rate or max(1e-3, 6.0 / iterations)
-        step_rate = self.step_rate or min(1e-2, 3.0 / iterations)
-        return Schedule(iterations, self.batch, rate, step_rate)
+        usual = super().schedule(share)
+        rate = usual.rounding_rate
+        if self.weights == "adaquant" and self.rate is None:
+            rate = min(_CODES_RATE, rate)
+        return replace(usual, rounding_rate=rate, step_rate=self.step_rate or usual.step_rate)
 
 
-class Reconstruct(Step):
-    """Learns the rounding of a block's weights, and the steps of its activations.
+class Learning(Step):
+    """What steps share that learn quantized weights from what the full-precision model computes."""
 
-    Subclasses may minimise something else: `objective`.
-    """
-
-    Options = ReconstructOptions
-    options: ReconstructOptions
+    options: LearningOptions
     needs_exact = True
     stage = "quantize"
 
@@ -65,6 +84,44 @@ class Reconstruct(Step):
         """Keep the map: where layers read their inputs, and how large tensors are."""
         keep_freed_memory()
         self._flow = flow
+
+    def nearest(self, path: str, layer: nn.Module, calibration: Calibration) -> QuantizedTensor:
+        """The weight rounded to nearest: its grid is kept, and learning starts there."""
+        spec = self.context.grids.weights(path).spec
+        return QuantizedTensor.from_range(weight_rows(layer), *calibration.weight_range(path, layer), spec)
+
+    def learn(self, problem: Problem, schedule: Schedule, generator: torch.Generator) -> None:
+        """Solve a problem.
+
+        Raises:
+            ModelError: if its loss is not finite.
+        """
+        try:
+            reconstruct(problem, schedule, generator)
+        except FloatingPointError as error:
+            raise ModelError(f"{error}: lower the step's rate, or use precision float32") from None
+
+    def generator(self, block: Block) -> torch.Generator:
+        """Random numbers of one block: the same whatever ran before it."""
+        return torch.Generator().manual_seed(self.context.seed * 2**31 + crc32(block.path.encode()))
+
+    def at_once(self, block: Block, calibration: Calibration) -> int:
+        """How many samples are computed at once: their largest tensor fits the processor's cache."""
+        if not calibration.io.can_join():
+            return 1
+        numbers = [n for op in self._flow.ops if inside(op.site.owner, block.path) for n in op.outputs]
+        largest = max([1, *(torch.Size(self._flow.shapes[n]).numel() for n in numbers)]) * 4
+        return max(2, _CACHE_BYTES // largest)
+
+
+class Reconstruct(Learning):
+    """Learns the weights of a block, and the steps of its activations.
+
+    Subclasses may minimise something else: `objective`.
+    """
+
+    Options = ReconstructOptions
+    options: ReconstructOptions
 
     def phases(self) -> Sequence[Phase]:
         """What is learned, in order."""
@@ -85,8 +142,9 @@ class Reconstruct(Step):
         return range(len(calibration.io))
 
     def block(self, block: Block, calibration: Calibration) -> None:
-        roundings = {
-            path: LearnedRounding(weight_rows(layer), self.nearest(path, layer, calibration))
+        kind = LearnedRounding if self.options.weights == "adaround" else LearnedCodes
+        roundings: dict[str, LearnedWeight] = {
+            path: kind(weight_rows(layer), self.nearest(path, layer, calibration))
             for path, layer in self.context.targets(block).items()
         }
         quantizers = calibration.quantizers | self._input_quantizers(roundings, calibration)
@@ -99,7 +157,7 @@ class Reconstruct(Step):
             precision,
             self.options.learn_biases,
         )
-        generator = self._generator(block)
+        generator = self.generator(block)
         for phase in self.phases():
             if not phase.roundings:
                 learner.decide()
@@ -111,9 +169,9 @@ class Reconstruct(Step):
                 list(roundings.values()) if phase.roundings else [],
                 self._beside(learner, phase),
                 self.objective(learner, phase, calibration),
-                self._at_once(block, calibration),
+                self.at_once(block, calibration),
             )
-            self._reconstruct(problem, self.options.schedule(phase.share), generator)
+            self.learn(problem, self.options.schedule(phase.share), generator)
             calibration.losses += problem.history
         beside: list[LearnedStep | LearnedBias] = [*learner.learned.values(), *learner.biases.values()]
         for learned in beside:
@@ -126,22 +184,11 @@ class Reconstruct(Step):
         steps = learner.learned.values() if phase.steps and phase.keep else ()
         return [*steps, *learner.biases.values()]
 
-    def nearest(self, path: str, layer: nn.Module, calibration: Calibration) -> QuantizedTensor:
-        """The weight rounded to nearest: its grid is kept, and learning starts there."""
-        spec = self.context.grids.weights(path).spec
-        return QuantizedTensor.from_range(weight_rows(layer), *calibration.weight_range(path, layer), spec)
-
-    def _reconstruct(self, problem: Problem, schedule: Schedule, generator: torch.Generator) -> None:
-        try:
-            reconstruct(problem, schedule, generator)
-        except FloatingPointError as error:
-            raise ModelError(f"{error}: lower the step's rate, or use precision float32") from None
-
     def _finish(
         self,
         block: Block,
         calibration: Calibration,
-        roundings: dict[str, LearnedRounding],
+        roundings: dict[str, LearnedWeight],
         quantizers: dict[Edge, FakeQuant],
     ) -> None:
         """Put the quantized layers in, their inputs with the learned steps."""
@@ -151,7 +198,7 @@ class Reconstruct(Step):
                 layer.input_quantizer.scale = quantizers[self._inputs_of(path)[0]].scale
 
     def _input_quantizers(
-        self, roundings: dict[str, LearnedRounding], calibration: Calibration
+        self, roundings: dict[str, LearnedWeight], calibration: Calibration
     ) -> dict[Edge, FakeQuant]:
         """In the scope `layers`: a quantizer for the input of each layer, shared by its calls."""
         found: dict[Edge, FakeQuant] = {}
@@ -169,18 +216,6 @@ class Reconstruct(Step):
         """Where the layer at `path` reads its input, once per call of it."""
         ops = [op for op in self._flow.ops if op.site.owner == path and op.name in LAYERS]
         return [Edge(op.site, "input") for op in ops]
-
-    def _generator(self, block: Block) -> torch.Generator:
-        """Random numbers of one block: the same whatever ran before it."""
-        return torch.Generator().manual_seed(self.context.seed * 2**31 + crc32(block.path.encode()))
-
-    def _at_once(self, block: Block, calibration: Calibration) -> int:
-        """How many samples are computed at once: their largest tensor fits the processor's cache."""
-        if not calibration.io.can_join():
-            return 1
-        numbers = [n for op in self._flow.ops if inside(op.site.owner, block.path) for n in op.outputs]
-        largest = max([1, *(torch.Size(self._flow.shapes[n]).numel() for n in numbers)]) * 4
-        return max(2, _CACHE_BYTES // largest)
 
 
 class BRECQ(Reconstruct):

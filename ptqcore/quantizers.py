@@ -1,5 +1,6 @@
-"""Quantizers: activations rounded inside a forward pass, and roundings that can be learned."""
+"""Quantizers: activations rounded inside a forward pass; and weights, steps and biases that are learned."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -121,15 +122,10 @@ def _range_of_rows(x: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     return low.reshape(like.shape), high.reshape(like.shape)
 
 
-class LearnedRounding:
-    """Whether each weight goes up or down, as a variable (AdaRound, Nagel et al., arXiv 2004.10568).
+class LearnedWeight(ABC):
+    """A quantized weight that is learned: the grid of `start` stays, a `variable` moves its codes."""
 
-    The weight is s · (clip(⌊W/s⌋ + h(V), 0, levels) − z) with the rectified sigmoid
-    h(V) = clip(1.2 · sigmoid(V) − 0.1, 0, 1) (eq. 21–23). V starts where h(V) is the fraction that
-    rounding cuts off, that is, at the full-precision weight; the scale does not change.
-    """
-
-    stretch_low, stretch_high = -0.1, 1.1
+    variable: Tensor
 
     def __init__(self, weight: Tensor, start: QuantizedTensor) -> None:
         """Args:
@@ -137,29 +133,22 @@ class LearnedRounding:
         start: the same, rounded to nearest: its grid is kept.
         """
         self.start = start
-        spec = start.spec
         self._scale = start.scale.float()
         self._zero_point = None if start.zero_point is None else start.zero_point.float()
-        position = grid.position(weight.detach().flatten(1).float(), self._scale, self._zero_point, spec)
-        self._floor = position.floor()
-        fraction = position - self._floor
-        span = self.stretch_high - self.stretch_low
-        share = (fraction - self.stretch_low) / span
-        variable = torch.log(share) - torch.log1p(-share)
-        up = start.codes.float() > self._floor  # ties fall as in rounding to nearest
-        edge = 1e-4
-        variable = torch.where(up, variable.clamp(min=edge), variable.clamp(max=-edge))
-        self.variable = variable.requires_grad_(True)
+        values = weight.detach().flatten(1).float()
+        self._position = grid.position(values, self._scale, self._zero_point, start.spec)
 
-    def share_up(self) -> Tensor:
-        """h(V) [rows, columns]: how far each weight goes up, 0 … 1."""
-        stretched = torch.sigmoid(self.variable) * (self.stretch_high - self.stretch_low)
-        return (stretched + self.stretch_low).clamp(0, 1)
+    @abstractmethod
+    def codes(self) -> Tensor:
+        """Where on the grid the weight is now computed with [rows, columns], differentiable."""
+
+    @abstractmethod
+    def decided_codes(self) -> Tensor:
+        """The whole numbers that it would be decided to be now."""
 
     def soft(self) -> Tensor:
         """The weight as it now is [rows, …]."""
-        position = (self._floor + self.share_up()).clamp(0, self.start.spec.levels)
-        values = grid.values(position, self._scale, self._zero_point, self.start.spec)
+        values = grid.values(self.codes(), self._scale, self._zero_point, self.start.spec)
         return values.view(self.start.shape)
 
     def begin(self) -> None:
@@ -173,17 +162,72 @@ class LearnedRounding:
             self._soft.backward(self.weight.grad)  # type: ignore[no-untyped-call]
 
     def decide(self) -> None:
-        """Let `weight` be the one with every rounding decided, until the next update."""
+        """Let `weight` be the one with every code decided, until the next update."""
         self.weight = self.hard().dequantize().float()
 
     @torch.no_grad()
     def hard(self) -> QuantizedTensor:
-        """The weight with every rounding decided: up where h(V) is at least one half."""
-        codes = (self._floor + (self.variable >= 0)).clamp(0, self.start.spec.levels)
-        start = self.start
-        return QuantizedTensor(
-            codes.to(torch.uint8), start.scale, start.zero_point, start.spec, start.shape
-        )
+        """The weight with every code decided."""
+        start, codes = self.start, self.decided_codes().to(torch.uint8)
+        return QuantizedTensor(codes, start.scale, start.zero_point, start.spec, start.shape)
+
+
+class LearnedRounding(LearnedWeight):
+    """Whether each weight goes up or down, as a variable (AdaRound, Nagel et al., arXiv 2004.10568).
+
+    The weight is s · (clip(⌊W/s⌋ + h(V), 0, levels) − z) with the rectified sigmoid
+    h(V) = clip(1.2 · sigmoid(V) − 0.1, 0, 1) (eq. 21–23). V starts where h(V) is the fraction that
+    rounding cuts off, that is, at the full-precision weight; the scale does not change.
+    """
+
+    stretch_low, stretch_high = -0.1, 1.1
+
+    def __init__(self, weight: Tensor, start: QuantizedTensor) -> None:
+        super().__init__(weight, start)
+        self._floor = self._position.floor()
+        fraction = self._position - self._floor
+        span = self.stretch_high - self.stretch_low
+        share = (fraction - self.stretch_low) / span
+        variable = torch.log(share) - torch.log1p(-share)
+        up = start.codes.float() > self._floor  # ties fall as in rounding to nearest
+        edge = 1e-4
+        variable = torch.where(up, variable.clamp(min=edge), variable.clamp(max=-edge))
+        self.variable = variable.requires_grad_(True)
+
+    def share_up(self) -> Tensor:
+        """h(V) [rows, columns]: how far each weight goes up, 0 … 1."""
+        stretched = torch.sigmoid(self.variable) * (self.stretch_high - self.stretch_low)
+        return (stretched + self.stretch_low).clamp(0, 1)
+
+    def codes(self) -> Tensor:
+        """Between the two neighbours."""
+        return (self._floor + self.share_up()).clamp(0, self.start.spec.levels)
+
+    def decided_codes(self) -> Tensor:
+        """Up where h(V) is at least one half."""
+        return (self._floor + (self.variable >= 0)).clamp(0, self.start.spec.levels)
+
+
+class LearnedCodes(LearnedWeight):
+    """How far each weight moves from where it was, in steps of its grid, before it is rounded to nearest
+    (AdaQuant, Hubara et al., arXiv 2006.10518, eq. 2).
+
+    Rounding passes gradients on as if it were not there, inside the grid. Weights can so answer to errors
+    that no choice between two neighbours makes good, such as those of coarse activations.
+    """
+
+    def __init__(self, weight: Tensor, start: QuantizedTensor) -> None:
+        super().__init__(weight, start)
+        self.variable = torch.zeros_like(self._position, requires_grad=True)
+
+    def codes(self) -> Tensor:
+        """Whole numbers, with the gradients of what was rounded."""
+        position = (self._position + self.variable).clamp(0, self.start.spec.levels)
+        return position + (position.round() - position).detach()
+
+    def decided_codes(self) -> Tensor:
+        """The same."""
+        return (self._position + self.variable).clamp(0, self.start.spec.levels).round()
 
 
 class LearnedStep:

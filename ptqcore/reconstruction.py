@@ -1,4 +1,4 @@
-"""The optimiser: rounding, activation steps and biases that bring a block's output back to its target.
+"""The optimiser: weights, activation steps and biases that bring a block's output back to its target.
 
 One loop serves three methods. AdaRound (arXiv 2004.10568) reconstructs single layers with activations
 in full precision; BRECQ (arXiv 2102.05426) does so for whole blocks; QDrop (arXiv 2203.05740) rounds
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptqcore.quantizers import LearnedBias, LearnedRounding, LearnedStep
+from ptqcore.quantizers import LearnedBias, LearnedCodes, LearnedRounding, LearnedStep, LearnedWeight
 
 
 class Objective:
@@ -80,7 +80,7 @@ class Problem:
     samples: Sequence[int]
     predict: Callable[[Sequence[int]], list[Tensor]]
     target: Callable[[Sequence[int]], list[Tensor]]
-    roundings: list[LearnedRounding]
+    roundings: list[LearnedWeight]
     steps: list[LearnedStep | LearnedBias]
     objective: Objective = field(default_factory=Objective)
     at_once: int = 1
@@ -100,7 +100,7 @@ def reconstruct(problem: Problem, schedule: Schedule, generator: torch.Generator
     optimizer = _optimizer(problem, schedule)
     if optimizer is None:
         return
-    regulariser = _Regulariser(problem.roundings, schedule)
+    regulariser = _Regulariser(problem, schedule)
     settled = _Settled(schedule)
     best = _Best(problem)
     best.judge(0)
@@ -130,11 +130,13 @@ def reconstruct(problem: Problem, schedule: Schedule, generator: torch.Generator
 
 
 def _optimizer(problem: Problem, schedule: Schedule) -> torch.optim.Optimizer | None:
-    """Adam; the rate of the steps falls to 0 as half a cosine, that of the roundings stays."""
+    """Adam; the rate of all but roundings falls to 0 as half a cosine, theirs stays."""
     groups: list[dict[str, Any]] = []
-    if problem.roundings:
-        variables = [rounding.variable for rounding in problem.roundings]
-        groups.append({"params": variables, "first": schedule.rounding_rate, "cosine": False})
+    for kind in (LearnedRounding, LearnedCodes):
+        variables = [weight.variable for weight in problem.roundings if isinstance(weight, kind)]
+        if variables:
+            cosine = kind is LearnedCodes
+            groups.append({"params": variables, "first": schedule.rounding_rate, "cosine": cosine})
     if problem.steps:
         variables = [step.variable for step in problem.steps]
         groups.append({"params": variables, "first": schedule.step_rate, "cosine": True})
@@ -206,15 +208,17 @@ class _Best:
     def _variables(self) -> list[Tensor]:
         return [learned.variable for learned in self._learned()]
 
-    def _learned(self) -> list[LearnedRounding | LearnedStep | LearnedBias]:
+    def _learned(self) -> list[LearnedWeight | LearnedStep | LearnedBias]:
         return [*self._problem.roundings, *self._problem.steps]
 
 
 class _Regulariser:
     """λ · Σ (1 − |2h − 1|^β), which drives every h(V) to 0 or 1 (AdaRound, eq. 24)."""
 
-    def __init__(self, roundings: list[LearnedRounding], schedule: Schedule) -> None:
-        self._roundings, self._schedule = roundings, schedule
+    def __init__(self, problem: Problem, schedule: Schedule) -> None:
+        self._roundings = [one for one in problem.roundings if isinstance(one, LearnedRounding)]
+        self._schedule = schedule
+        self._all = len(self._roundings) == len(problem.roundings)
         self._unit: float | None = None  # λ for a weight of 1
 
     def begins(self, iteration: int) -> bool:
@@ -251,8 +255,8 @@ class _Regulariser:
 
     @torch.no_grad()
     def decided(self, iteration: int) -> bool:
-        """Whether 99.5 % of the roundings have left (0.05, 0.95)."""
-        if self._schedule.progress(iteration) < 0:
+        """Whether all weights have roundings, of which 99.5 % have left (0.05, 0.95)."""
+        if self._schedule.progress(iteration) < 0 or not self._all:
             return False
         open_ = sum(int(((s := r.share_up()) > 0.05).logical_and_(s < 0.95).sum()) for r in self._roundings)
         return open_ <= 0.005 * sum(r.variable.numel() for r in self._roundings)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ptqcore import grid
 from ptqcore.packed import QuantizedTensor
-from ptqcore.quantizers import FakeQuant, LearnedRounding, LearnedStep, random_mask
+from ptqcore.quantizers import FakeQuant, LearnedCodes, LearnedRounding, LearnedStep, random_mask
 from ptqcore.spec import QuantSpec
 
 SPECS = st.builds(
@@ -36,28 +36,36 @@ def nearest(weight, spec, cut=1.0):
     return QuantizedTensor.from_range(weight, low * cut, high * cut, spec)
 
 
-# Rounding: where it starts
+KINDS = [LearnedRounding, LearnedCodes]
+
+# Weights: where they start
 
 
 @settings(max_examples=150, deadline=None)
-@given(SPECS, st.integers(0, 1000), st.sampled_from([1.0, 0.7]), st.sampled_from([1e-6, 1.0, 1e6]))
-def test_before_anything_is_learned_weights_go_to_the_nearest_value(spec, seed, cut, unit):
+@given(
+    st.sampled_from(KINDS),
+    SPECS,
+    st.integers(0, 1000),
+    st.sampled_from([1.0, 0.7]),
+    st.sampled_from([1e-6, 1.0, 1e6]),
+)
+def test_before_anything_is_learned_weights_go_to_the_nearest_value(kind, spec, seed, cut, unit):
     weight = random(5, 10, seed=seed) * unit
     start = nearest(weight, spec, cut)
-    hard = LearnedRounding(weight, start).hard()
+    hard = kind(weight, start).hard()
     assert torch.equal(hard.codes, start.codes)
     assert torch.equal(hard.dequantize(), start.dequantize())
     assert (hard.spec, hard.shape) == (start.spec, start.shape)
 
 
 @settings(max_examples=50, deadline=None)
-@given(SPECS, st.integers(0, 1000))
-def test_ties_and_values_on_the_grid_start_as_rounding_has_them(spec, seed):
+@given(st.sampled_from(KINDS), SPECS, st.integers(0, 1000))
+def test_ties_and_values_on_the_grid_start_as_rounding_has_them(kind, spec, seed):
     generator = torch.Generator().manual_seed(seed)
     steps = torch.randint(-3 * spec.levels, 3 * spec.levels, (4, 8), generator=generator)
     weight = steps * 0.25
     start = nearest(weight, spec, 0.5)
-    assert torch.equal(LearnedRounding(weight, start).hard().codes, start.codes)
+    assert torch.equal(kind(weight, start).hard().codes, start.codes)
 
 
 @settings(max_examples=100, deadline=None)
@@ -80,11 +88,29 @@ def test_the_soft_weight_outside_the_range_is_at_its_end():
     torch.testing.assert_close(soft.detach(), torch.tensor([[-4.0, 3.0, 0.3]]))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(6, 5), (4, 3, 3, 3)])
-def test_weights_keep_their_shape(shape):
+def test_weights_keep_their_shape(kind, shape):
     weight = random(*shape)
-    rounding = LearnedRounding(weight, nearest(weight, QuantSpec(bits=4, granularity="channel")))
+    rounding = kind(weight, nearest(weight, QuantSpec(bits=4, granularity="channel")))
     assert rounding.soft().shape == rounding.hard().dequantize().shape == shape
+
+
+# Codes: how they learn
+
+
+def test_codes_are_rounded_and_their_gradient_is_the_step_inside_the_grid():
+    spec = QuantSpec(bits=3, granularity="channel")  # -4 … 3 steps of 0.5
+    weight = torch.tensor([[-10.0, -1.1, 0.3, 10.0]])
+    start = QuantizedTensor.from_range(weight, torch.tensor([[-2.0]]), torch.tensor([[1.5]]), spec)
+    codes = LearnedCodes(weight, start)
+    with torch.no_grad():
+        codes.variable += torch.tensor([[0.0, 2.3, -0.4, 0.0]])
+    soft = codes.soft()
+    assert soft.tolist() == [[-2.0, 0.0, 0.0, 1.5]]
+    assert torch.equal(codes.hard().dequantize(), soft)
+    soft.sum().backward()
+    assert codes.variable.grad.tolist() == [[0.0, 0.5, 0.5, 0.0]]
 
 
 # Rounding: how it learns

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,10 @@ from tiny_task import W3A4, manifest_of, run, weights_of
 from torch import nn
 
 import ptqcore
-from ptqcore import ModelError, grid
+from ptqcore import ModelError, RecipeError, grid
 from ptqcore.learned_rounding import BRECQ
 from ptqcore.packed import QuantizedTensor
-from ptqcore.quantizers import FakeQuant, LearnedBias, LearnedRounding, LearnedStep
+from ptqcore.quantizers import FakeQuant, LearnedBias, LearnedCodes, LearnedRounding, LearnedStep
 from ptqcore.reconstruction import Objective, Problem, Schedule, reconstruct
 from ptqcore.spec import QuantSpec
 
@@ -28,14 +29,14 @@ def random(*shape, seed=0):
     return torch.randn(*shape, generator=generator(seed))
 
 
-def rounding_of(weight, spec=SPEC):
+def rounding_of(weight, spec=SPEC, kind=LearnedRounding):
     low, high = grid.value_range(weight, spec)
-    return LearnedRounding(weight, QuantizedTensor.from_range(weight, low, high, spec))
+    return kind(weight, QuantizedTensor.from_range(weight, low, high, spec))
 
 
-def linear_problem(weight, x, at_once=64, **options):
+def linear_problem(weight, x, at_once=64, kind=LearnedRounding, **options):
     """The rounding of weight [out, in] that keeps x · Wᵀ, each row of x [samples, in] a sample."""
-    rounding = rounding_of(weight)
+    rounding = rounding_of(weight, kind=kind)
     return Problem(
         "layer",
         range(len(x)),
@@ -124,6 +125,23 @@ def test_the_regulariser_drives_roundings_up_or_down():
     share = problem.roundings[0].share_up().detach()
     open_ = ((share > 0.05) & (share < 0.95)).float().mean()
     assert float(open_) <= 0.05
+
+
+def test_codes_go_as_far_as_the_target_asks_roundings_to_the_neighbour():
+    """The target is that of another weight, some of whose codes are three steps away."""
+    weight, x = random(4, 6), random(64, 6, seed=1)
+    start = rounding_of(weight).start
+    away = torch.zeros_like(start.codes).scatter_(1, start.codes.long().argmin(1, keepdim=True), 3)
+    wanted = replace(start, codes=start.codes + away)
+    found = {}
+    for kind in (LearnedRounding, LearnedCodes):
+        problem = linear_problem(weight, x, kind=kind)
+        problem.target = lambda chosen: [x[chosen] @ wanted.dequantize().T]
+        reconstruct(problem, schedule(400), generator())
+        found[kind] = problem.roundings[0].hard().codes.int() - wanted.codes.int()
+        assert len(problem.history) == 400 or kind is LearnedRounding
+    assert found[LearnedCodes].abs().max() == 0
+    assert found[LearnedRounding].min() <= -2
 
 
 def test_before_the_warm_up_ends_only_the_data_counts():
@@ -325,6 +343,12 @@ STEPS = ["adaround", "brecq", "qdrop"]
 steps = pytest.mark.parametrize("step", STEPS)
 
 
+def test_adaround_learns_roundings_alone(tmp_path):
+    for key in ("weights", "learn_steps", "learn_biases", "step_rate"):
+        with pytest.raises(RecipeError, match=key):
+            run(tmp_path, make, images(), {"adaround": {key: True}}, W3A4)
+
+
 @steps
 def test_before_anything_is_learned_every_step_is_rounding_to_nearest(tmp_path, step):
     still = {"iterations": 1, "rate": 1e-12}
@@ -503,12 +527,12 @@ def block_error(folder, seed, samples):
     return sum(errors) / len(errors)
 
 
-def mean_error(tmp_path, step):
+def mean_error(tmp_path, step, **options):
     """Mean of the block error over three networks."""
     total = 0.0
     for seed in range(3):
-        entry = step if step == "round" else {step: {"iterations": 15, "batch": 8}}
-        folder = tmp_path / f"{step}-{seed}"
+        entry = step if step == "round" else {step: {"iterations": 15, "batch": 8, **options}}
+        folder = tmp_path / f"{step}-{len(options)}-{seed}"
         run(folder, lambda seed=seed: make(seed), images(8, seed), entry, W3A4)
         total += block_error(folder, seed, images(8, seed)) / 3
     return total
@@ -517,3 +541,6 @@ def mean_error(tmp_path, step):
 def test_learned_rounding_is_much_better_than_nearest(tmp_path):
     errors = {step: mean_error(tmp_path, step) for step in ("round", *STEPS)}
     assert all(errors[step] < 0.7 * errors["round"] for step in STEPS)
+    for step in ("brecq", "qdrop"):
+        assert mean_error(tmp_path, step, weights="adaquant") < 0.7 * errors["round"]
+        assert weights_of(tmp_path / f"{step}-1-0") != weights_of(tmp_path / f"{step}-0-0")
