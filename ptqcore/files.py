@@ -75,8 +75,20 @@ def _replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+        _flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _flush_folder(path: Path) -> None:
+    """Have the names in a folder on disk, so that a loss of power does not undo a rename."""
+    if os.name == "nt":  # there is no handle of a folder there
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def digest(path: Path) -> str:
@@ -128,14 +140,35 @@ def check_writable(folder: Path) -> None:
         probe.unlink()
 
 
-def move_into(source: Path, target: Path, last: str) -> None:
-    """Move every entry of `source` into `target`, replacing what has the same name; `last` comes last."""
+def move_into(source: Path, target: Path, last: str, instead_of: Iterable[str] = ()) -> None:
+    """Move every entry of `source` into `target`, replacing what has the same name.
+
+    Whatever happens in between, `last` is only there while everything beside it is of one kind: an old one
+    goes first, and the new one comes last.
+
+    Args:
+        source: the folder that is emptied.
+        target: the folder that is filled.
+        last: the entry that makes the others valid.
+        instead_of: names that go from `target` even if nothing takes their place.
+
+    Raises:
+        ArtifactError: if that fails.
+    """
     with writing(target):
+        (target / last).unlink(missing_ok=True)
+        _flush_folder(target)
+        for name in instead_of:
+            if (target / name).is_dir():
+                shutil.rmtree(target / name)
         for entry in sorted(source.iterdir(), key=lambda entry: (entry.name == last, entry.name)):
             destination = target / entry.name
             if destination.is_dir() and not destination.is_symlink():
                 shutil.rmtree(destination)
+            if entry.name == last:
+                _flush_folder(target)
             os.replace(entry, destination)
+        _flush_folder(target)
 
 
 @contextmanager
@@ -156,10 +189,13 @@ def locked(folder: Path) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = path.stat().st_ino == os.fstat(file.fileno()).st_ino  # else its holder has removed it
         except OSError:
+            held = False
+        if not held:
             raise ArtifactError(
                 f"another run is writing to {folder}: wait for it or choose another --output"
-            ) from None
+            )
         try:
             yield
         finally:

@@ -21,12 +21,14 @@ from ptqcore.artifact import (
 from ptqcore.attachments import AttachmentEntry, FindAttachment, build_attachments, describe_attachments
 from ptqcore.blocks import Block
 from ptqcore.errors import ArtifactError, PtqError
+from ptqcore.fingerprint import differences
 from ptqcore.memory_limit import limited_memory
 from ptqcore.reading import one_line, plain_size, read_json
 from ptqcore.report.record import ActivationRecord, BlockRecord, LayerRecord
 from ptqcore.tensor_header import read_tensor_header
 
 _RANGE = "activation quantizer "
+_MOST_NAMED = 4
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Journal:
 
         Args:
             folder: where it lies.
-            fingerprint: name → digest of recipe, model, samples and versions.
+            fingerprint: of recipe, model, samples and versions.
             resume: whether to go on where an earlier run stopped.
             find: the class of an attachment, by its name.
 
@@ -72,12 +74,13 @@ class Journal:
             earlier = None
         if not isinstance(earlier, dict):
             raise ArtifactError(f"the journal in {self._folder} is damaged: run again without --resume")
-        names = sorted(fingerprint.keys() | earlier.keys())
-        changed = [name for name in names if earlier.get(name) != fingerprint.get(name)]
+        changed = differences(earlier, fingerprint)
         if changed:
+            more = f" and {len(changed) - _MOST_NAMED} more" if len(changed) > _MOST_NAMED else ""
             raise ArtifactError(
                 f"--resume: the run interrupted in {self._folder.parent} had another "
-                f"{', another '.join(changed)}; restore that, or run again without --resume"
+                f"{', another '.join(changed[:_MOST_NAMED])}{more}; restore that, or run again without "
+                "--resume"
             )
 
     def save(self, index: int, block: Block, result: BlockResult, ranges: dict[str, Tensor]) -> None:

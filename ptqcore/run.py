@@ -64,8 +64,7 @@ def quantize(
         run.baseline()
         run.walk()
         run.finish()
-        files.remove(output / EXPORTS)  # formats of an earlier artifact that this one has not
-        files.move_into(work / "artifact", output, last=artifact.MANIFEST_FILE)
+        files.move_into(work / "artifact", output, artifact.MANIFEST_FILE, instead_of=[EXPORTS])
         files.remove(work)
     return run.record
 
@@ -122,7 +121,8 @@ class _Run:
             self.prepared = prepare(self.plan, task, model, samples)
         with self.phase("metrics before"):
             self.record.before = self._measure("full precision")
-        self.marks = fingerprint(self.record.recipe_yaml, self.record.versions, model, samples)
+        recipe = self.plan.resolved.model_dump(mode="json")
+        self.marks = fingerprint(recipe, self.record.versions, model, samples)
         self.journal = self._journal(self.work)
 
     def baseline(self) -> None:

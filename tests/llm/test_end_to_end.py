@@ -571,7 +571,7 @@ def test_resuming_where_nothing_was_begun_is_a_run_from_the_start(spy, models, t
 @pytest.mark.parametrize("override", ["quant.weights.bits=3", "seed=1", "task.max_windows=7"])
 def test_resuming_with_another_recipe_is_refused(interrupted, spy, models, texts, override):
     other = recipe("w4a16", models("llama"), texts, override)
-    with pytest.raises(ArtifactError, match=r"--resume: .* had another recipe; restore that"):
+    with pytest.raises(ArtifactError, match=r"--resume: .* had another recipe key '.*; restore that"):
         ptqcore.quantize(other, "llm", interrupted, resume=True)
     assert spy.blocks == []
     ptqcore.quantize(recipe("w4a16", models("llama"), texts), "llm", interrupted, resume=True)

@@ -572,4 +572,5 @@ def test_resuming_with_another_recipe(base, run, tmp_path, monkeypatch):
         run(command(base, tmp_path / "out"))
     code, stderr = run(command(base, tmp_path / "out", recipe="fp8", extra=["--resume"]))
     assert code == 2
-    assert "had another recipe; restore that, or run again without --resume" in the_error(stderr)
+    assert "had another recipe key 'description' (" in (sentence := the_error(stderr))
+    assert sentence.endswith("; restore that, or run again without --resume")

@@ -1,0 +1,213 @@
+"""Runs that end before they are done: whatever is on disk then is whole, and `--resume` goes on with it."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_task import W3, W3A4, manifest_of, run, weights_of
+from torch import nn
+
+import ptqcore.fingerprint
+from ptqcore import artifact
+from ptqcore.errors import ArtifactError
+from ptqcore.rounding import Round
+
+RECIPE = {"step": [{"qdrop": {"iterations": 3}}, "bias-correction"], "quant": W3A4}
+
+
+class Stack(nn.Module):
+    """Two blocks of one layer."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.second(self.first(x).relu())
+
+
+def data(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(4, 6, generator=generator) for _ in range(3)]
+
+
+def quantize(folder, resume=False, make=Stack, samples=None, **changes):
+    return run(folder, make, samples or data(), resume=resume, **{**RECIPE, **changes})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    quantize(folder)
+    return folder
+
+
+class Stopped(BaseException):
+    """The end of a run, from within."""
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    """The folder of a run that ended in its second block, one block in its journal."""
+    seen = []
+
+    def before(self, block, calibration):
+        seen.append(block.path)
+        if len(seen) == 2:
+            raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Round, "before", before)
+        with pytest.raises(Stopped):
+            quantize(tmp_path / "out", step="round")
+    return tmp_path / "out"
+
+
+def test_two_runs_give_the_same_bytes(whole, tmp_path):
+    quantize(tmp_path)
+    assert weights_of(tmp_path) == weights_of(whole)
+
+
+# Killed at every point at which something is written
+
+
+def killed(folder, point, resume):
+    """Quantize in a process that is gone as if killed, right before its `point`-th change of files.
+
+    Returns:
+        Whether it was.
+    """
+    child = os.fork()
+    if not child:
+        try:
+            _die_at(point)
+            quantize(folder, resume=resume)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 9)
+    return code == 9
+
+
+def _die_at(point):
+    changes = 0
+
+    def counted(function):
+        def call(*args, **kwargs):
+            nonlocal changes
+            changes += 1
+            if changes == point:
+                os._exit(9)
+            return function(*args, **kwargs)
+
+        return call
+
+    for owner, name in ((os, "replace"), (shutil, "rmtree"), (Path, "unlink")):
+        setattr(owner, name, counted(getattr(owner, name)))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_run_killed_at_any_change_of_files_is_resumed_to_the_same_bytes(whole, tmp_path):
+    point, done = 0, False
+    while not done:
+        point += 1
+        folder = tmp_path / str(point)
+        done = not killed(folder, point, resume=False)
+        if not done:
+            assert not (folder / "manifest.json").exists() or weights_of(folder) == weights_of(whole)
+            assert not killed(folder, 0, resume=True)
+        assert weights_of(folder) == weights_of(whole)
+        assert manifest_of(folder) == manifest_of(whole)
+        left = {entry.name for entry in folder.iterdir()}
+        assert left == {entry.name for entry in whole.iterdir()}
+    assert point > 10
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_run_killed_at_every_change_of_files_in_turn_is_done_in_the_end(whole, tmp_path):
+    point = 1
+    while killed(tmp_path, point, resume=True):
+        point += 1
+    assert weights_of(tmp_path) == weights_of(whole)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_an_earlier_artifact_is_there_as_it_was_or_not_at_all(whole, tmp_path):
+    """Never its manifest beside assets, exports or figures of another run."""
+    quantize(tmp_path / "earlier", step="round", seed=1)
+    names = {file.relative_to(tmp_path / "earlier") for file in (tmp_path / "earlier").rglob("*")}
+    before = {name: (tmp_path / "earlier" / name) for name in names}
+    before = {name: file.read_bytes() for name, file in before.items() if file.is_file()}
+    point, seen = 0, set()
+    while True:
+        point += 1
+        folder = shutil.copytree(tmp_path / "earlier", tmp_path / "out", dirs_exist_ok=False)
+        if not killed(folder, point, resume=False):
+            break
+        if (folder / "manifest.json").exists():
+            artifact.read_manifest(folder)
+            if weights_of(folder) == before[Path("model.safetensors")]:
+                assert all((folder / name).read_bytes() == content for name, content in before.items())
+                seen.add("earlier")
+            else:
+                assert weights_of(folder) == weights_of(whole)
+                seen.add("new")
+        else:
+            seen.add("none")
+        shutil.rmtree(folder)
+    assert seen == {"earlier", "none", "new"}
+
+
+# Resumed with something else
+
+
+def refused(folder, **changes):
+    with pytest.raises(ArtifactError) as caught:
+        quantize(folder, resume=True, **{"step": "round", **changes})
+    assert (folder / ".work/block-0000.json").exists()
+    return str(caught.value)
+
+
+def test_another_recipe_is_refused_and_the_keys_are_named(stopped):
+    assert "had another recipe key 'seed' (0, now 1); restore that" in refused(stopped, seed=1)
+    changed = W3A4 | {"weights": {"bits": 4, "granularity": "channel"}}
+    assert "had another recipe key 'quant.weights.bits' (3, now 4); restore" in refused(
+        stopped, quant=changed
+    )
+    assert " and 10 more; restore that" in refused(stopped, quant=W3)
+
+
+def test_another_step_is_refused_and_named(stopped):
+    sentence = refused(stopped, step=["equalize", "round"])
+    assert """'steps.0.name' ("round", now "equalize")""" in sentence
+    assert """'steps.1.name' (none, now "round")""" in sentence
+
+
+def test_another_model_is_refused(stopped):
+    assert "had another model; restore that" in refused(stopped, make=lambda: Stack(seed=1))
+
+
+def test_other_data_are_refused(stopped):
+    assert "had another calibration data; restore that" in refused(stopped, samples=data(seed=1))
+
+
+def test_other_versions_are_refused_and_named(stopped, monkeypatch):
+    monkeypatch.setattr(ptqcore.fingerprint, "__version__", "0.2.7")
+    assert "had another version of ptqcore (0.1.0, now 0.2.7); restore that" in refused(stopped)
+
+
+def test_the_same_run_goes_on_after_all_these(stopped, tmp_path):
+    refused(stopped, seed=1)
+    quantize(stopped, resume=True, step="round")
+    quantize(tmp_path / "whole", step="round")
+    assert weights_of(stopped) == weights_of(tmp_path / "whole")
+
+
+def test_without_resume_another_run_may_begin(stopped, tmp_path):
+    quantize(stopped, step="round", seed=1)
+    assert not (stopped / ".work").exists()
