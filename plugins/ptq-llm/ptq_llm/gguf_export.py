@@ -122,8 +122,10 @@ class GGUF(Exporter):
             expected = values(source)
             expected = expected if order is None else expected[order]
             largest = max(largest, _difference(stored[name], expected))
-        notes = [*_notes(layout, sources), *misread_settings(folder / FILE, layout.config)]
-        notes += misread_text(folder / FILE, _tokenizer(task))
+        notes = list(_notes(layout, sources))
+        with one_sentence(f"{folder / FILE} cannot be read back by transformers", ExportError):
+            notes += misread_settings(folder / FILE, layout.config)
+            notes += misread_text(folder / FILE, _tokenizer(task))
         return Verification(largest, notes=tuple(notes))
 
 

@@ -148,10 +148,12 @@ def _outline_folder(folder: Path) -> Outline:
         raise ModelError(
             f"task.model {str(folder)!r} has no config.json: give a folder in Hugging Face format"
         )
+    with one_sentence(f"task.model {str(folder)!r}: its weights cannot be loaded", ModelError):
+        weights = read_weights(folder)
     try:
         if (folder / _ADAPTER).is_file():
             raise ValueError(f"{_ADAPTER} leads to another model: merge the adapter into that, and give it")
-        check_config(read_json(folder / "config.json"), read_weights(folder).size)
+        check_config(read_json(folder / "config.json"), weights.size)
         config = AutoConfig.from_pretrained(folder, **_LOCAL)
         return Outline(config, AutoTokenizer.from_pretrained(folder, **_LOCAL))
     except Exception as error:
