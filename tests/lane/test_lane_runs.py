@@ -46,7 +46,9 @@ def finished(tmp_path_factory, images):
             *TOY,
             f"task.images={images}",
             "evaluate.baseline=true",
-            "steps=[focus-ranges, {selective-focus: {iterations: 60, batch: 8, judged: 4, pixels: 1.0}}]",
+            "steps=[focus-ranges, {selective-focus: {iterations: 60, batch: 8, pixels: 1.0}}]",
+            "steps.1.selective-focus.held_out=0.25",
+            "steps.1.selective-focus.judged=4",
         ],
     )
     return folder, ptqcore.quantize(recipe, "lane", folder)

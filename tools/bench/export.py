@@ -33,6 +33,7 @@ from rich.table import Table
 from runners import InEngine, InTorch, Runner, arrays, write_onnx
 from torch import nn
 
+import ptqcore
 from ptqcore import PtqError, Task
 from ptqcore.plan import make_plan
 from ptqcore.plugin import discover
@@ -125,13 +126,17 @@ def _quantized_rows(
         cost = quantize()
     except PtqError as error:
         return [Row(f"{name}, {engine}", problem=str(error)) for engine in engines]
-    return [Row(f"{name}, {engine}", InEngine(model, engine, cost.file), cost) for engine in engines]
+    rows = [Row(f"{name}, {engine}", InEngine(model, engine, cost.file), cost) for engine in engines]
+    if cost.artifact is not None:
+        rows.insert(0, Row(f"{name}, simulation", InTorch(ptqcore.load(cost.artifact)), cost))
+    return rows
 
 
 def _judge(row: Row, task: Task, sample: Any) -> None:
     if row.runner is None:
         return
     say(row.name)
+    task.judged = "full precision" if row.cost is None else "quantized"
     with _problems_in(row):
         row.metrics = task.evaluate(row.runner.module())
         row.integers = row.runner.integer_products(sample)

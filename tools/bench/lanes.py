@@ -34,10 +34,14 @@ METHODS: dict[str, tuple[str, list[str]]] = {
     "… without selection": ("", [f"{_STEP}.selection.mode=none"]),
     "… without both": ("", [f"{_STEP}.focus.mode=none", f"{_STEP}.selection.mode=none"]),
     "… without learned biases": ("", [f"{_STEP}.learn_biases=false"]),
+    "… without free codes": ("", [f"{_STEP}.weights=adaround"]),
     "… with the loss in pixels": ("", [f"{_STEP}.pixels=1"]),
-    "… last state": ("", [f"{_STEP}.held_out=0"]),
+    "… best state": ("", [f"{_STEP}.held_out=0.25"]),
     "qdrop by blocks": ("-qdrop", ["blocks=null"]),
-    "qdrop with biases": ("-qdrop", ["steps.0.qdrop.learn_biases=true"]),
+    "qdrop with codes and biases": (
+        "-qdrop",
+        ["steps.0.qdrop.learn_biases=true", "steps.0.qdrop.weights=adaquant"],
+    ),
 }
 _METRICS = ("f1@0.5", "f1@0.75", "ego_f1@0.5", "agreement_f1@0.5", "lds")
 

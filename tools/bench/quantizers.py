@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,16 +35,18 @@ class Job:
 
 @dataclass(frozen=True)
 class Quantized:
-    """The file that came out; seconds and peak memory of calibrating and quantizing."""
+    """The file that came out; seconds and peak memory of calibrating and quantizing; our artifact."""
 
     file: Path
     seconds: float
     peak_memory_bytes: int
+    artifact: Path | None = None
 
 
 def by_ptqcore(job: Job) -> Quantized:
     """Our recipe, exported to ONNX."""
-    return _quantize(Path(sys.executable), "by_ptqcore.py", job)
+    found = _quantize(Path(sys.executable), "by_ptqcore.py", job)
+    return replace(found, artifact=found.file.parents[2])
 
 
 def by_onnxruntime(job: Job) -> Quantized:

@@ -1,7 +1,7 @@
 """The step `selective-focus`: the whole network learned against the lanes that it finds."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -27,21 +27,23 @@ class SelectiveFocusOptions(QDropOptions):
 
     pixels: how much the mean squared distance of candidate lanes in pixels counts beside that, where the
     family's geometry is differentiable. held_out: share of the calibration images that are not learned
-    from, but choose the best of `judged` states.
+    from, but choose the best of `judged` states; with 0 the last state is kept.
     """
 
     iterations: int = Field(default=800, ge=1)
+    weights: Literal["adaround", "adaquant"] = "adaquant"
     learn_biases: bool = True
     focus: Focus = Focus()
     selection: Selection = Selection()
     pixels: float = Field(default=0.0, ge=0)
-    held_out: float = Field(default=0.25, ge=0, lt=1)
+    held_out: float = Field(default=0.0, ge=0, lt=1)
     judged: int = Field(default=16, ge=1)
 
 
 class SelectiveFocus(QDrop):
-    """QDrop over the whole network, with the objective of Selective Focus (Fan et al., AAAI 2024; see the
-    plugin's README for what is known of it and what is ours)."""
+    """QDrop over the whole network, its weights free to go to any value of their grids, with the objective
+    of Selective Focus (Fan et al., AAAI 2024; see the plugin's README for what is known of it and what is
+    ours)."""
 
     name = "selective-focus"
     Options: ClassVar[type[SelectiveFocusOptions]] = SelectiveFocusOptions
