@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ptqcore.dataflow import tensors_in as tensors_in
     from ptqcore.dataflow import trace as trace
     from ptqcore.errors import ArtifactError as ArtifactError
+    from ptqcore.errors import BugError as BugError
     from ptqcore.errors import DataError as DataError
     from ptqcore.errors import ExportError as ExportError
     from ptqcore.errors import ModelError as ModelError
@@ -172,6 +173,7 @@ _HOME = {
     "sweep": "sweeps.sweep",
     "SweepError": "errors",
     "ArtifactError": "errors",
+    "BugError": "errors",
     "DataError": "errors",
     "ExportError": "errors",
     "ModelError": "errors",

@@ -21,6 +21,7 @@ from ptqcore.attachments import AttachmentEntry, FindAttachment, build_attachmen
 from ptqcore.dataflow import Site
 from ptqcore.edges import ActivationQuantizers, quantizers_of
 from ptqcore.errors import ArtifactError, ModelError, PtqError
+from ptqcore.finite import check_stored
 from ptqcore.folding import fold_structure, folded_norms
 from ptqcore.memory_limit import limited_memory
 from ptqcore.modules import QuantModule, quantized_class, replace_module
@@ -259,8 +260,10 @@ def save(model: nn.Module, folder: Path, plugin: str, task: str, core: str) -> N
 
     Raises:
         ArtifactError: if the folder cannot be written.
+        ModelError: naming the layer, if anything to be stored is NaN or infinite.
     """
     tensors, tied = unique_tensors(model)
+    check_stored(tensors)
     files.write_tensors(folder / MODEL_FILE, tensors)
     manifest = Manifest(
         core=core,

@@ -14,7 +14,7 @@ from ptqcore import grid
 from ptqcore.blocks import Block
 from ptqcore.calibration import Calibration
 from ptqcore.dataflow import Dataflow
-from ptqcore.errors import ModelError
+from ptqcore.errors import BugError, ModelError
 from ptqcore.modules import QuantModule, quantizable_layers, weight_rows
 from ptqcore.recipe import QuantSection
 from ptqcore.report.record import MOST_LOSSES, LayerRecord
@@ -26,15 +26,57 @@ def relative_error(results: list[list[Tensor]], targets: list[list[Tensor]], pat
     """‖Q − F‖² / ‖F‖² over the first output tensor of every sample (0 if both are 0).
 
     Raises:
-        ModelError: naming the block, if its quantized outputs are not finite.
+        ModelError: naming the block, if that is not finite.
     """
     error = energy = 0.0
     for result, target in zip(results, targets, strict=True):
         error += float((result[0].double() - target[0].double()).square().sum())
         energy += float(target[0].double().square().sum())
     if not math.isfinite(error):
-        raise ModelError(f"block {path!r} gives NaN or infinite outputs once quantized")
+        raise ModelError(f"block {path!r} gives outputs too large for a number once quantized")
     return error / energy if energy else error
+
+
+def weight_shapes(block: Block) -> dict[str, tuple[int, ...]]:
+    """The shape of the weight of every float or quantized layer of a block, and of what tables replace."""
+    shapes = {
+        path: tuple(module.weight_shape)
+        for path, module in block.module.named_modules(prefix=block.path)
+        if isinstance(module, QuantModule | TimestepTable)
+    }
+    floats: dict[str, Any] = dict(block.layers())
+    return shapes | {path: tuple(layer.weight.shape) for path, layer in floats.items()}
+
+
+def check_weight_shapes(block: Block, before: dict[str, tuple[int, ...]], who: str) -> None:
+    """Make sure that the layers of a block have kept their shapes.
+
+    Raises:
+        BugError: naming the step, the layer and the shapes.
+    """
+    for path, shape in weight_shapes(block).items():
+        if before.get(path, shape) != shape:
+            raise BugError(
+                f"{who} changed the shape of the weight of layer {path!r} from {list(before[path])} to "
+                f"{list(shape)}: steps must keep it"
+            )
+
+
+def check_output_shapes(
+    results: list[list[Tensor]], targets: list[list[Tensor]], path: str, who: str
+) -> None:
+    """Make sure that a quantized block returns tensors of the same shapes as before.
+
+    Raises:
+        BugError: naming the steps, the block and the shapes.
+    """
+    for result, target in zip(results, targets, strict=True):
+        now, before = ([list(tensor.shape) for tensor in tensors] for tensors in (result, target))
+        if now != before:
+            raise BugError(
+                f"{who} changed the shapes that block {path!r} returns from {before} to {now}: steps must "
+                "keep them"
+            )
 
 
 def thinned(losses: Sequence[float]) -> tuple[float, ...]:

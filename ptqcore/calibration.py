@@ -12,6 +12,7 @@ from ptqcore.allocator import give_freed_memory_back
 from ptqcore.blocks import Block
 from ptqcore.dataflow import inside, tensors_in
 from ptqcore.edges import ActivationQuantizers
+from ptqcore.finite import check_range
 from ptqcore.grids import Grids
 from ptqcore.modules import weight_rows
 from ptqcore.observers import Observer
@@ -215,7 +216,9 @@ class Calibration:
         self._update()
         for edge, observer in self._edges.items():
             if edge in self._reached:
-                quantizers[edge].set_range(*observer.range())
+                low, high = observer.range()
+                check_range(low, high, f"the activation {edge}")
+                quantizers[edge].set_range(low, high)
                 self.quantizers[edge] = quantizers[edge]
         self.io.functions = {edge: quantizer.forward for edge, quantizer in self.quantizers.items()}
 

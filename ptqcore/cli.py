@@ -192,9 +192,10 @@ def schema() -> None:
 
 
 def main() -> None:
-    """Run the command line; what the user can mend is one sentence and exit code 2."""
+    """Run the command line; what the user can mend is one sentence and exit code 2, a plugin's bug one
+    sentence and exit code 1."""
     try:
         app()
     except PtqError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)

@@ -2,12 +2,15 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import ClassVar
 
 _MOST_SHOWN = 30
 
 
 class PtqError(Exception):
-    """Base of every error that the command line prints as one sentence with exit code 2."""
+    """Base of every error that the command line prints as one sentence, with its exit code."""
+
+    exit_code: ClassVar[int] = 2
 
     def __str__(self) -> str:
         """On one line, whatever names from a file are in it."""
@@ -36,6 +39,12 @@ class ArtifactError(PtqError):
 
 class ExportError(PtqError):
     """A result cannot be expressed in the asked-for format, or did not read back as written."""
+
+
+class BugError(PtqError):
+    """Code of a plugin failed, or did to a model what it must not: its author has to mend that."""
+
+    exit_code = 1
 
 
 class SweepError(PtqError):

@@ -9,6 +9,7 @@ from typing import Any, cast, get_args
 
 from pydantic import BaseModel
 
+from ptqcore.blame import blaming
 from ptqcore.errors import PluginError, RecipeError
 from ptqcore.export.base import Exporter
 from ptqcore.observers import Observer
@@ -69,8 +70,19 @@ class Plan:
         return self.task_class(self.task_options, self.recipe.seed, workspace)
 
     def steps(self, context: Context) -> list[Step]:
-        """The steps of this run, in order."""
-        return [kind(options, context) for kind, options in self.step_classes]
+        """The steps of this run, in order.
+
+        Raises:
+            BugError: if one cannot be made.
+        """
+        made = []
+        for entry, (kind, options) in zip(self.recipe.steps, self.step_classes, strict=True):
+            owner = self.registry.owner("steps", entry.name, self.plugin)
+            origin = f"step {entry.name.rpartition(':')[2]!r} of plugin {owner!r}"
+            with blaming(origin, "to begin"):
+                made.append(kind(options, context))
+            made[-1].origin = origin
+        return made
 
     def observer(self, quant: TensorQuant) -> Observer:
         """A new observer as a `TensorQuant` names it."""

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ptqcore.errors import PluginError, RecipeError, nearest
+from ptqcore.requirement import unmet
+from ptqcore.version import __version__
 
 GROUP = "ptqcore.plugins"
 CORE = "core"
@@ -246,6 +248,12 @@ def _load(entry: EntryPoint) -> Installed:
     distribution = entry.dist.name if entry.dist else "unknown"
     version = entry.dist.version if entry.dist else "unknown"
     broken = partial(Installed, entry.name, distribution, version, None)
+    needed = unmet((entry.dist.requires or []) if entry.dist else [], __version__)
+    if needed is not None:
+        return broken(
+            f"it is made for ptqcore {needed}, and this is {__version__}: install the {distribution} that "
+            "goes with it"
+        )
     try:
         plugin = entry.load()
     except (Exception, SystemExit) as error:

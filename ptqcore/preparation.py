@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ptqcore import audit
+from ptqcore import audit, finite
 from ptqcore.blocks import Block, find_blocks
 from ptqcore.dataflow import Dataflow, inside, tensors_in, trace
 from ptqcore.decompositions import in_steps
@@ -135,6 +135,8 @@ def _trace(model: nn.Module, run: Callable[[], object]) -> tuple[Dataflow, Foldi
         outputs.append(tensors_in(run()))
 
     flow = trace(model, noted)
+    wrong = [tensor for tensor in outputs[0] if not finite.is_masked(tensor)]
+    finite.check_outputs([wrong], model, "", lambda _: run(), "in full precision")
     pairs = find_norms(model, flow)
     folded = fold(model, flow, run)
     if not folded:

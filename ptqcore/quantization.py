@@ -5,10 +5,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ptqcore import audit
+from ptqcore import audit, finite
 from ptqcore.activation_audit import CountClipped, between_record, input_records
 from ptqcore.allocator import give_freed_memory_back
 from ptqcore.biases import round_biases
+from ptqcore.blame import blaming
+from ptqcore.blocks import Block
 from ptqcore.calibration import Calibration
 from ptqcore.dataflow import inside
 from ptqcore.edges import ActivationQuantizers, TensorFunction
@@ -20,6 +22,7 @@ from ptqcore.plan import Plan
 from ptqcore.preparation import Prepared, check_exports
 from ptqcore.progress import track
 from ptqcore.report.record import BlockRecord, RunRecord
+from ptqcore.seeding import seed
 from ptqcore.spans import SpanWalk
 from ptqcore.step import Step
 from ptqcore.store import Store, half_of_memory
@@ -59,25 +62,43 @@ class Quantization:
         model, context, samples = self.prepared.model, self.prepared.context, self.prepared.samples
         steps = self.plan.steps(context)
         with self.meter.phase("prepare", self.record.phases):
+            self._seed("prepare")
             for step in steps:
-                step.prepare(model, self.prepared.flow, partial(self.task.forward, model, samples[0]))
+                with blaming(step.origin, "to prepare"):
+                    step.prepare(model, self.prepared.flow, partial(self.task.forward, model, samples[0]))
             self.record.map = self.prepared.map()
         check_exports(self.plan, self.prepared, steps)
         quantizers = ActivationQuantizers({edge: q.spec for edge, q in context.grids.edges.items()})
         with self.meter.phase("capture", self.record.phases):
+            self._seed("capture")
             walk = self._start_walk(quantizers, any(step.needs_exact for step in steps))
         for result in track(SpanWalk(walk, steps, journal, quantizers, self._quantize_block), label):
             self.record.blocks.append(result.block)
             self.record.layers.extend(result.layers)
             self.record.activations.extend(result.activations)
         self.record.phases["quantize blocks"] = sum(block.seconds for block in self.record.blocks)
+        self._seed("finish")
         for step in steps:
-            step.finish(model)
+            with blaming(step.origin, "to finish"):
+                step.finish(model)
         audit.check_done(walk.blocks, context)
         self.record.coverage = audit.check_coverage(walk.blocks, context, self.task.least_coverage)
         self.record.skipped = audit.left_alone(model, context)
         self.record.exceptions = context.grids.exceptions(layer.path for layer in self.record.layers)
         self._attach(quantizers)
+
+    def _seed(self, part: str) -> None:
+        seed(self.plan.recipe.seed, part)
+
+    @staticmethod
+    def _hand(steps: list[Step], verb: str, block: Block, calibration: Calibration) -> None:
+        """Hand a block to every step in turn; none may change the shape of a layer's weight."""
+        for step in steps:
+            shapes = audit.weight_shapes(block)
+            with blaming(step.origin, f"in block {block.path!r}"):
+                getattr(step, verb)(block, calibration)
+            audit.check_weight_shapes(block, shapes, step.origin)
+            give_freed_memory_back()
 
     def _attach(self, quantizers: ActivationQuantizers) -> None:
         """Make every forward pass of the model round its activations, at its timestep."""
@@ -104,7 +125,9 @@ class Quantization:
             for tensor, moment in zip(tensors, moments, strict=True):
                 with at(moment):
                     observer.update(tensor)
-            quantizers[edge].set_range(*observer.range())
+            low, high = observer.range()
+            finite.check_range(low, high, f"the activation {edge}")
+            quantizers[edge].set_range(low, high)
             self.record.activations.append(between_record(edge, quantizers[edge], tensors, moments))
             return quantizers[edge].forward
 
@@ -135,28 +158,31 @@ class Quantization:
     ) -> tuple[BlockResult, list[list[Tensor]]]:
         """Run the steps on one block; its figures, and what flows into the next."""
         block = io.block
+        self._seed(f"block {block.path}")
         originals = block.layers()
         with self.meter.measure() as measurement:
             calibration = Calibration(
                 block, io, self.prepared.context.grids, self.plan.observer, exact, self._masks
             )
             targets = calibration.targets
+            finite.check_outputs(targets, block.module, block.path, io.run_sample, "in full precision")
             if not all(step.data_free for step in steps):
                 audit.check_reached(block, calibration, self.prepared.context, self.task.min_tokens)
-            for step in steps:
-                step.transform(block, calibration)
-                give_freed_memory_back()
-            for step in steps:
-                step.before(block, calibration)
+            self._hand(steps, "transform", block, calibration)
+            self._hand(steps, "before", block, calibration)
             calibration.quantize_edges(quantizers)
-            for step in steps:
-                step.block(block, calibration)
-                give_freed_memory_back()
-            for step in steps:
-                step.after(block, calibration)
+            self._hand(steps, "block", block, calibration)
+            self._hand(steps, "after", block, calibration)
             counted = CountClipped(calibration.quantizers)
             io.functions = counted.functions()
-            outputs = io.run_tensors()
+            who = " and ".join(step.origin for step in steps)
+            with blaming(who, f"to leave block {block.path!r} in working order"):
+                outputs = io.run_tensors()
+            audit.check_output_shapes(outputs, targets, block.path, who)
+            finite.check_outputs(outputs, block.module, block.path, io.run_sample, "once quantized")
+            finite.check_stored(
+                {f"{block.path}.{name}": one for name, one in block.module.state_dict().items()}
+            )
             error = audit.relative_error(outputs, targets, block.path)
             layers = audit.layer_records(block, originals, calibration, self.prepared.context)
             for layer in block.quantized_layers().values():

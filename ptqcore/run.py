@@ -1,16 +1,19 @@
 """The corridor: a recipe goes in, an artifact with its exports, metrics and report comes out."""
 
 import json
-from contextlib import AbstractContextManager
+import traceback
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ptqcore import artifact, audit, files
+from ptqcore import artifact, audit, files, finite
 from ptqcore.attachments import describe_attachments
+from ptqcore.blame import blaming
 from ptqcore.dataflow import tensors_in
-from ptqcore.errors import ArtifactError, DataError, ExportError, ModelError, PtqError
+from ptqcore.errors import ArtifactError, BugError, ExportError, ModelError, PtqError
 from ptqcore.export.base import Exporter
 from ptqcore.fingerprint import fingerprint, versions
 from ptqcore.journal import Journal
@@ -24,12 +27,14 @@ from ptqcore.recipe import Recipe
 from ptqcore.report.page import render
 from ptqcore.report.record import ExportRecord, RunRecord
 from ptqcore.restoring import restored
+from ptqcore.seeding import put_back, seed
 from ptqcore.tables import table_sizes
 from ptqcore.task import Judged, Task
 from ptqcore.version import __version__
 
 EXPORTS = "exports"
 WORK = ".work"
+TRACEBACK = "traceback.txt"
 FILES = ("metrics.json", "recipe.yaml", "report.html")
 
 
@@ -56,17 +61,30 @@ def quantize(
     plan = make_plan(recipe, plugin, registry or discover())
     files.check_writable(output)
     _refuse_foreign(output)
-    with files.locked(output), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+    with files.locked(output), put_back():
         work = files.folder(output / WORK, empty=not resume)
-        run = _Run(plan, output, work, resume)
-        run.load()
-        run.baseline()
-        run.walk()
-        run.finish()
+        with _traced(work):
+            run = _Run(plan, output, work, resume)
+            run.load()
+            run.baseline()
+            run.walk()
+            run.finish()
         files.move_into(work / "artifact", output, artifact.MANIFEST_FILE, instead_of=[EXPORTS])
         files.remove(work)
     return run.record
+
+
+@contextmanager
+def _traced(work: Path) -> Iterator[None]:
+    """Write where a plugin's code failed into a file, for its author, and say which."""
+    try:
+        yield
+    except BugError as error:
+        if error.__cause__ is None:
+            raise
+        text = "".join(traceback.format_exception(error.__cause__))
+        files.write_text(work / TRACEBACK, text)
+        raise BugError(f"{error} (its traceback is in {work / TRACEBACK})") from error.__cause__
 
 
 def _refuse_foreign(output: Path) -> None:
@@ -91,8 +109,10 @@ class _Run:
     def __init__(self, plan: Plan, output: Path, work: Path, resume: bool) -> None:
         self.plan, self.output, self.work, self.resume = plan, output, work, resume
         self.meter = Meter()
-        self.task: Task = plan.task(files.folder(work / "task"))
         recipe = plan.recipe
+        self.who = f"task {recipe.task.kind.rpartition(':')[2]!r} of plugin {plan.task_owner!r}"
+        with blaming(self.who, "to begin"):
+            self.task: Task = plan.task(files.folder(work / "task"))
         self.record = RunRecord(
             plugin=plan.plugin,
             recipe=recipe.name,
@@ -103,20 +123,22 @@ class _Run:
         )
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Time a part of the run for the report."""
+        """Time a part of the run for the report; its random numbers are its own."""
+        seed(self.plan.recipe.seed, name)
         return self.meter.phase(name, self.record.phases)
 
     def load(self) -> None:
         """Load the model and its data, find the blocks, and measure the full-precision model."""
         task = self.task
         with self.phase("load the model"):
-            model = task.load_model().eval().requires_grad_(False)
+            with blaming(self.who, "to load the model"):
+                model = task.load_model().eval().requires_grad_(False)
             audit.check_finite(model)
             self.record.size_bytes["before"] = state_bytes(model)
         with self.phase("calibration samples"):
-            samples = task.samples(model)
-            if not len(samples):
-                raise DataError("the task gave no calibration samples: give it at least one")
+            with blaming(self.who, "to give calibration samples"):
+                samples = task.samples(model)
+            finite.check_samples(samples)
         with self.phase("trace"):
             self.prepared = prepare(self.plan, task, model, samples)
         with self.phase("metrics before"):
@@ -137,13 +159,15 @@ class _Run:
         record = RunRecord(self.plan.plugin, self.plan.recipe.name)
         folder = files.folder(self.work / "baseline")
         try:
-            with restored(self.prepared.model), torch.random.fork_rng(devices=[]):
+            with restored(self.prepared.model):
                 self._quantize(
                     self.plan.baseline, record, self._journal(folder), folder, "rounding to nearest"
                 )
                 self.record.phases["naive baseline"] = sum(record.phases.values())
                 with self.phase("metrics of the naive baseline"):
                     self.record.baseline = self._measure("naive baseline")
+        except BugError:
+            raise
         except PtqError as error:
             raise ModelError(
                 f"the naive baseline cannot be made: {error}; to go without it, set evaluate.baseline "
@@ -163,7 +187,8 @@ class _Run:
     def _measure(self, judged: Judged) -> dict[str, float]:
         """The metrics of the model as it now is."""
         self.task.judged = judged
-        return self.task.evaluate(self.prepared.model)
+        with blaming(self.who, f"to measure the model ({judged})"):
+            return self.task.evaluate(self.prepared.model)
 
     def finish(self) -> None:
         """Measure the quantized model, and write everything into the staging folder."""
@@ -171,7 +196,8 @@ class _Run:
         staging = files.folder(self.work / "artifact", empty=True)
         with self.phase("metrics after"):
             record.after = self._measure("quantized")
-            record.figures, record.facts = self.task.figures(), self.task.facts()
+            with blaming(self.who, "to give figures"):
+                record.figures, record.facts = self.task.figures(), self.task.facts()
         with self.phase("save and load back"):
             self._save(model, staging)
         with self.phase("export and read back"):
@@ -185,7 +211,7 @@ class _Run:
     def _save(self, model: nn.Module, staging: Path) -> None:
         """Write the artifact, and make sure that it restores a model with the same outputs."""
         assets = files.folder(staging / artifact.ASSETS_FOLDER)
-        with files.writing(assets):
+        with blaming(self.who, "to save what builds the model"), files.writing(assets):
             self.task.save_assets(assets)
         artifact.save(model, staging, self.plan.task_owner, self.task.name, __version__)
         self.record.size_bytes["after"] = (staging / artifact.MODEL_FILE).stat().st_size
@@ -215,9 +241,12 @@ class _Run:
                 f"attached to {attached[0].path}: remove the export, or that step"
             )
         folder = files.folder(staging / EXPORTS / exporter.name)
-        with files.writing(folder):
+        owner = self.plan.registry.owner("exporters", exporter.name, self.plan.plugin)
+        who = f"export {exporter.name!r} of plugin {owner!r}"
+        with blaming(who, "to write"), files.writing(folder):
             exporter.export(model, self.task, self.prepared.samples, folder)
-        found = exporter.verify(model, self.task, self.prepared.samples, folder)
+        with blaming(who, "to read back"):
+            found = exporter.verify(model, self.task, self.prepared.samples, folder)
         difference = found.largest_difference
         if difference != 0:
             raise ExportError(

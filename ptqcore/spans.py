@@ -6,6 +6,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from ptqcore.audit import thinned
+from ptqcore.blame import blaming
 from ptqcore.edges import ActivationQuantizers
 from ptqcore.journal import BlockResult, Journal
 from ptqcore.step import Chain, Step
@@ -92,7 +93,10 @@ class SpanWalk:
     def _finish(self, indices: Sequence[int], chain: Chain) -> list[float]:
         """Let the steps finish a span, and walk it again; the losses of what they learned."""
         blocks = [self._walk.blocks[index] for index in indices]
-        losses = [loss for step in self._steps for loss in step.finish_span(blocks, chain)]
+        losses: list[float] = []
+        for step in self._steps:
+            with blaming(step.origin, f"behind block {blocks[-1].path!r}"):
+                losses += step.finish_span(blocks, chain)
         self._walk.rewind()
         for _ in indices:
             io = next(self._ios)

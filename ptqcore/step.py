@@ -12,6 +12,7 @@ from ptqcore.blocks import Block
 from ptqcore.calibration import Calibration
 from ptqcore.dataflow import Dataflow
 from ptqcore.errors import ModelError, RecipeError, nearest
+from ptqcore.finite import check_range
 from ptqcore.grids import Grids
 from ptqcore.modules import QuantModule
 from ptqcore.observers import Observer
@@ -113,6 +114,8 @@ class Step:
     """Whether `block` reads the inputs from the full-precision model, `calibration.io.run(exact=True)`."""
     attaches: str = ""
     """What the step, as `prepare` left it, will attach to modules: exports must be able to hold that."""
+    origin: str = "a step"
+    """Which step of which plugin it is, for sentences; the run sets it."""
     span: int = 1
     """How many blocks in a row the step reconstructs together, in `finish_span`."""
 
@@ -141,7 +144,9 @@ class Step:
                 f"layer {path!r} received no calibration input, so its static input range is unknown: "
                 "use more samples, dynamic activations, or add it to quant.ignore"
             )
-        quantized.input_quantizer.set_range(*observer.range())
+        low, high = observer.range()
+        check_range(low, high, f"the input of layer {path!r}")
+        quantized.input_quantizer.set_range(low, high)
         return quantized
 
     def prepare(self, model: nn.Module, flow: Dataflow, run: Callable[[], object]) -> None:

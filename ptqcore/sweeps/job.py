@@ -52,7 +52,7 @@ def carry_out(job: Job) -> Outcome:
         try:
             return Outcome(metrics=_quantize(job))
         except PtqError as error:
-            return Outcome(reason=str(error), refused=True)
+            return Outcome(reason=str(error), refused=error.exit_code == 2)
         except Exception as error:
             traceback.print_exc()
             return Outcome(reason=f"{type(error).__name__}: {error} (see {folder / LOG})")

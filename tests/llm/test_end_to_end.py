@@ -452,7 +452,7 @@ def test_the_command_line_in_a_process_of_its_own(models, texts, finished, tmp_p
 # Interrupted runs
 
 
-class InterruptionError(Exception):
+class InterruptionError(BaseException):
     pass
 
 

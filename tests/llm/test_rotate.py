@@ -622,7 +622,7 @@ def test_four_bits_do_not_suffer_from_gains_once_rotated(tmp_path):
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(folder, monkeypatch):
     """With sizes of which no Hadamard matrix is known: random parts are computed again, and loaded."""
 
-    class InterruptionError(Exception):
+    class InterruptionError(BaseException):
         pass
 
     original = Round.block
