@@ -15,6 +15,7 @@ Every reader runs in a process of its own, one after the other; the time is shar
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -117,7 +118,10 @@ def _run(
             stderr.seek(0)
             ended = stderr.read()
             if not (folder / "number").exists():
-                sys.exit(f"\n{reader} does not read its own valid input:\n{ended}")
+                print(f"\n{reader} does not read its own valid input:\n{ended}")
+                result.tally["invalid seed"] += 1
+                result.seconds = math.inf
+                return
             number = int((folder / "number").read_text())
             kind = "hang" if "Timeout" in ended else f"death (code {process.returncode})"
             failures.keep(reader, number, kind, ended[-20000:], folder / "case")
@@ -173,7 +177,7 @@ def _all(readers: list[str], options: argparse.Namespace) -> int:
     for place, reader in enumerate(readers):
         after = len(readers) - place
         results[reader] = fuzz(reader, options, seconds / after, -(-executions // after), failures)
-        seconds -= results[reader].seconds
+        seconds -= min(results[reader].seconds, seconds / after)
         executions -= results[reader].done
         print()
     bad = 0
