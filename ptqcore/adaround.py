@@ -46,6 +46,7 @@ class AdaRound(Learning):
             inputs, targets = _pairs(layer, found, outputs.pop(path, []))
             rounding = LearnedRounding(weight_rows(layer), self.nearest(path, layer, calibration))
             problem = _problem(path, layer, rounding, inputs, targets, self._behind(path))
+            problem.midway = next(calibration.midways)
             problem.at_once = self.at_once(Block(block.model, path), calibration)
             if inputs:
                 self.learn(problem, self.options.schedule(), generator)

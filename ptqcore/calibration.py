@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property, partial
+from itertools import repeat
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from ptqcore.dataflow import inside, tensors_in
 from ptqcore.edges import ActivationQuantizers
 from ptqcore.finite import check_range
 from ptqcore.grids import Grids
+from ptqcore.midway import Midway
 from ptqcore.modules import weight_rows
 from ptqcore.observers import Observer
 from ptqcore.placement import Edge
@@ -75,6 +77,7 @@ class Calibration:
         new_observer: NewObserver,
         exact: list[list[Tensor]] | None = None,
         masks: Sequence[Tensor | None] | None = None,
+        midways: Iterator[Midway | None] | None = None,
     ) -> None:
         """Args:
         block: the block, still in full precision.
@@ -83,11 +86,13 @@ class Calibration:
         new_observer: makes the observer of a range.
         exact: the block's output tensors in the full-precision model, if a step needs them.
         masks: of every sample, which positions count (bool, the leading dimensions of what flows).
+        midways: where the states of what steps learn are written now and then.
         """
         self.block = block
         self.io = io
         self.quantizers: dict[Edge, FakeQuant] = {}
         self.losses: list[float] = []
+        self.midways: Iterator[Midway | None] = midways or repeat(None)
         self._exact = exact
         self._masks = masks or [None] * len(io)
         self._grids = grids

@@ -1,5 +1,6 @@
 """Nothing lost: the state of every finished block on disk, so that a killed run can go on."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ptqcore.blocks import Block
 from ptqcore.errors import ArtifactError, PtqError
 from ptqcore.fingerprint import differences
 from ptqcore.memory_limit import limited_memory
+from ptqcore.midway import Midway, forget, midways
 from ptqcore.reading import one_line, plain_size, read_json
 from ptqcore.report.record import ActivationRecord, BlockRecord, LayerRecord
 from ptqcore.tensor_header import read_tensor_header
@@ -65,6 +67,7 @@ class Journal:
             with files.writing(folder):
                 for file in folder.glob("block-*"):
                     file.unlink()
+                forget(folder)
             files.write_json(header, fingerprint)
 
     def _require_same(self, header: Path, fingerprint: dict[str, str]) -> None:
@@ -105,6 +108,12 @@ class Journal:
             "result": asdict(result),
         }
         files.write_json(self._entry(index), entry)
+        with files.writing(self._folder):
+            forget(self._folder, index)
+
+    def midways(self, index: int) -> Iterator[Midway]:
+        """Where states of what a block learns are written, until it is finished."""
+        return midways(self._folder, index)
 
     def has(self, index: int, block: Block) -> bool:
         """Whether this block was finished, and its files are whole."""

@@ -170,6 +170,7 @@ class Reconstruct(Learning):
                 self._beside(learner, phase),
                 self.objective(learner, phase, calibration),
                 self.at_once(block, calibration),
+                next(calibration.midways),
             )
             self.learn(problem, self.options.schedule(phase.share), generator)
             calibration.losses += problem.history

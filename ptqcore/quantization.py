@@ -1,5 +1,6 @@
 """The steps of a recipe over a loaded model: every block is handed to every step, in order."""
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ptqcore.dataflow import inside
 from ptqcore.edges import ActivationQuantizers, TensorFunction
 from ptqcore.journal import BlockResult, Journal
 from ptqcore.meter import Meter
+from ptqcore.midway import Midway
 from ptqcore.modules import QuantModule
 from ptqcore.placement import Edge
 from ptqcore.plan import Plan
@@ -155,6 +157,7 @@ class Quantization:
         steps: list[Step],
         quantizers: ActivationQuantizers,
         exact: list[list[Tensor]] | None,
+        midways: Iterator[Midway],
     ) -> tuple[BlockResult, list[list[Tensor]]]:
         """Run the steps on one block; its figures, and what flows into the next."""
         block = io.block
@@ -162,7 +165,7 @@ class Quantization:
         originals = block.layers()
         with self.meter.measure() as measurement:
             calibration = Calibration(
-                block, io, self.prepared.context.grids, self.plan.observer, exact, self._masks
+                block, io, self.prepared.context.grids, self.plan.observer, exact, self._masks, midways
             )
             targets = calibration.targets
             finite.check_outputs(targets, block.module, block.path, io.run_sample, "in full precision")

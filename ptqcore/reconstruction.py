@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptqcore.midway import Midway
 from ptqcore.quantizers import LearnedBias, LearnedCodes, LearnedRounding, LearnedStep, LearnedWeight
 
 
@@ -32,6 +33,13 @@ class Objective:
 
     def before(self, updates: int) -> None:
         """Called before every update, with the number of those that were made."""
+
+    def state(self) -> dict[str, Any]:
+        """What was found on the way and later updates depend on: whatever JSON can hold."""
+        return {}
+
+    def go_on(self, state: dict[str, Any]) -> None:
+        """Take up a state, of another process that was killed."""
 
     def judges(self, updates: int) -> bool:
         """Whether the state after so many updates is to be judged. If any is, so is the last, and the best
@@ -73,7 +81,7 @@ class Problem:
 
     samples: the numbers of those to learn from. predict: sample numbers → the block's output tensors
     with the variables as they now are. target: sample numbers → what they should be. steps: what is
-    learned beside roundings.
+    learned beside roundings. midway: where the state is written now and then, for a run that is killed.
     """
 
     name: str
@@ -84,6 +92,7 @@ class Problem:
     steps: list[LearnedStep | LearnedBias]
     objective: Objective = field(default_factory=Objective)
     at_once: int = 1
+    midway: Midway | None = None
     history: list[float] = field(default_factory=list)
 
 
@@ -103,18 +112,21 @@ def reconstruct(problem: Problem, schedule: Schedule, generator: torch.Generator
     regulariser = _Regulariser(problem, schedule)
     settled = _Settled(schedule)
     best = _Best(problem)
-    best.judge(0)
-    for iteration in range(schedule.iterations):
+    state = _State(problem, optimizer, generator, regulariser, settled, best)
+    begun = state.go_on()
+    if not begun:
+        best.judge(0)
+    for iteration in range(begun, schedule.iterations):
         problem.objective.before(iteration)
         optimizer.zero_grad()
         for rounding in problem.roundings:
             rounding.begin()
-        state = generator.get_state()
+        drawn = generator.get_state()
         loss = _accumulate(problem, schedule.batch, generator)
         for rounding in problem.roundings:
             rounding.end()
         if regulariser.begins(iteration):
-            generator.set_state(state)
+            generator.set_state(drawn)
             regulariser.calibrate(loss, _decided_loss(problem, schedule.batch, generator))
         regulariser.add_gradients(iteration)
         for group in optimizer.param_groups:
@@ -126,6 +138,8 @@ def reconstruct(problem: Problem, schedule: Schedule, generator: torch.Generator
         best.judge(iteration + 1)
         if settled.after(loss) and regulariser.decided(iteration):
             break
+        if iteration + 1 < schedule.iterations:
+            state.keep()
     best.restore()
 
 
@@ -176,24 +190,24 @@ class _Best:
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
-        self._score = math.inf
-        self._judged = -1  # after so many updates
-        self._state: list[Tensor] = []
+        self.score = math.inf
+        self.judged = -1  # after so many updates
+        self.state: list[Tensor] = []
 
     def judge(self, updates: int) -> None:
         """Judge the state as it now is, if the objective wants that."""
         if self._problem.objective.judges(updates):
             self._judge()
-            self._judged = updates
+            self.judged = updates
 
     def restore(self) -> None:
         """Go back to the best state, if any was judged."""
-        if self._judged < 0:
+        if self.judged < 0:
             return
-        if self._judged < len(self._problem.history):
+        if self.judged < len(self._problem.history):
             self._judge()
         with torch.no_grad():
-            for variable, kept in zip(self._variables(), self._state, strict=True):
+            for variable, kept in zip(self.variables(), self.state, strict=True):
                 variable.copy_(kept)
 
     @torch.no_grad()
@@ -201,15 +215,76 @@ class _Best:
         for learned in self._learned():
             learned.decide()
         score = self._problem.objective.judge()
-        if score <= self._score or not self._state:
-            self._score = score
-            self._state = [variable.clone() for variable in self._variables()]
+        if score <= self.score or not self.state:
+            self.score = score
+            self.state = [variable.clone() for variable in self.variables()]
 
-    def _variables(self) -> list[Tensor]:
+    def variables(self) -> list[Tensor]:
         return [learned.variable for learned in self._learned()]
 
     def _learned(self) -> list[LearnedWeight | LearnedStep | LearnedBias]:
         return [*self._problem.roundings, *self._problem.steps]
+
+
+class _State:
+    """Everything that updates change."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        optimizer: torch.optim.Optimizer,
+        generator: torch.Generator,
+        regulariser: "_Regulariser",
+        settled: "_Settled",
+        best: _Best,
+    ) -> None:
+        self._problem, self._optimizer, self._generator = problem, optimizer, generator
+        self._regulariser, self._settled, self._best = regulariser, settled, best
+        self._variables = best.variables()
+
+    def keep(self) -> None:
+        """Write it, if that is due."""
+        midway = self._problem.midway
+        if midway is None or not midway.due():
+            return
+        tensors = {f"variable {place}": each.detach() for place, each in enumerate(self._variables)}
+        for place, variable in enumerate(self._variables):
+            moments = self._optimizer.state.get(variable, {})
+            tensors |= {f"adam {place} {key}": value for key, value in moments.items()}
+        tensors |= {f"best {place}": kept for place, kept in enumerate(self._best.state)}
+        tensors |= {"generator": self._generator.get_state(), "torch": torch.get_rng_state()}
+        values = {
+            "losses": self._problem.history,
+            "smooth": self._settled.smooth,
+            "unit": self._regulariser.unit,
+            "score": self._best.score,
+            "judged": self._best.judged,
+            "objective": self._problem.objective.state(),
+        }
+        midway.write(tensors, values)
+
+    @torch.no_grad()
+    def go_on(self) -> int:
+        """Take up what another process has written, if any; how many updates that had made."""
+        found = None if self._problem.midway is None else self._problem.midway.read()
+        if found is None:
+            return 0
+        tensors, values = found
+        for place, variable in enumerate(self._variables):
+            variable.copy_(tensors[f"variable {place}"])
+            start = f"adam {place} "
+            moments = {name[len(start) :]: each for name, each in tensors.items() if name.startswith(start)}
+            if moments:
+                self._optimizer.state[variable] = moments
+        best = [tensors.get(f"best {place}") for place in range(len(self._variables))]
+        self._best.state = [kept for kept in best if kept is not None]
+        self._best.score, self._best.judged = values["score"], values["judged"]
+        self._settled.smooth, self._regulariser.unit = values["smooth"], values["unit"]
+        self._problem.history[:] = values["losses"]
+        self._problem.objective.go_on(values["objective"])
+        self._generator.set_state(tensors["generator"])
+        torch.set_rng_state(tensors["torch"])
+        return len(self._problem.history)
 
 
 class _Regulariser:
@@ -219,11 +294,11 @@ class _Regulariser:
         self._roundings = [one for one in problem.roundings if isinstance(one, LearnedRounding)]
         self._schedule = schedule
         self._all = len(self._roundings) == len(problem.roundings)
-        self._unit: float | None = None  # λ for a weight of 1
+        self.unit: float | None = None  # λ for a weight of 1
 
     def begins(self, iteration: int) -> bool:
         """Whether this is the first iteration after the warm-up."""
-        waiting = self._unit is None and bool(self._roundings)
+        waiting = self.unit is None and bool(self._roundings)
         return waiting and self._schedule.progress(iteration) >= 0
 
     @torch.no_grad()
@@ -235,11 +310,11 @@ class _Regulariser:
         """
         beta = self._schedule.beta[0]
         total = sum(float(self._openness(rounding, beta)) for rounding in self._roundings)
-        self._unit = max(decided - loss, 0.01 * loss) / max(total, 1e-12)
+        self.unit = max(decided - loss, 0.01 * loss) / max(total, 1e-12)
 
     def add_gradients(self, iteration: int) -> None:
         """Add the gradients of this iteration."""
-        if self._unit is None:
+        if self.unit is None:
             return
         progress = self._schedule.progress(iteration)
         start, end = self._schedule.beta
@@ -247,7 +322,7 @@ class _Regulariser:
         total = torch.stack([self._openness(rounding, beta) for rounding in self._roundings]).sum()
         first, last = self._schedule.regularisation
         weight = first * (last / first) ** progress
-        (total * (weight * self._unit)).backward()
+        (total * (weight * self.unit)).backward()
 
     @staticmethod
     def _openness(rounding: LearnedRounding, beta: float) -> Tensor:
@@ -267,11 +342,11 @@ class _Settled:
 
     def __init__(self, schedule: Schedule) -> None:
         self._window = max(schedule.iterations // 10, 10)
-        self._smooth: list[float] = []
+        self.smooth: list[float] = []
 
     def after(self, loss: float) -> bool:
-        smooth = self._smooth[-1] + 0.1 * (loss - self._smooth[-1]) if self._smooth else loss
-        self._smooth.append(smooth)
-        if len(self._smooth) <= self._window:
+        smooth = self.smooth[-1] + 0.1 * (loss - self.smooth[-1]) if self.smooth else loss
+        self.smooth.append(smooth)
+        if len(self.smooth) <= self._window:
             return False
-        return smooth > 0.999 * self._smooth[-1 - self._window]
+        return smooth > 0.999 * self.smooth[-1 - self._window]

@@ -9,12 +9,14 @@ from ptqcore.audit import thinned
 from ptqcore.blame import blaming
 from ptqcore.edges import ActivationQuantizers
 from ptqcore.journal import BlockResult, Journal
+from ptqcore.midway import Midway
 from ptqcore.step import Chain, Step
 from ptqcore.walk import BlockIO, Walk
 
 Tensors = list[list[Tensor]]
 QuantizeBlock = Callable[
-    [BlockIO, list[Step], ActivationQuantizers, Tensors | None], tuple[BlockResult, Tensors]
+    [BlockIO, list[Step], ActivationQuantizers, Tensors | None, Iterator[Midway]],
+    tuple[BlockResult, Tensors],
 ]
 
 
@@ -74,10 +76,11 @@ class SpanWalk:
         if self._finishes:
             self._walk.hold()
         results = []
-        for _ in indices:
+        for index in indices:
             io = next(self._ios)
             exact = self._exact(io)
-            result, outputs = self._quantize(io, self._steps, self._quantizers, exact)
+            midways = self._journal.midways(index)
+            result, outputs = self._quantize(io, self._steps, self._quantizers, exact, midways)
             self._walk.advance(outputs, exact)
             results.append(result)
         if self._finishes:

@@ -96,6 +96,21 @@ class LaneObjective(Objective):
         weight = expected[1].detach()
         return (distance.square() * weight).sum() / weight.sum().clamp(min=1e-6)
 
+    def state(self) -> dict[str, Any]:
+        """What was measured and judged."""
+        measured = [
+            [updates, {name: [one.rms, one.distortion] for name, one in groups.items()}]
+            for updates, groups in self.measured
+        ]
+        return {"measured": measured, "distortions": self.distortions}
+
+    def go_on(self, state: dict[str, Any]) -> None:
+        """Weigh the groups as they were weighed."""
+        for updates, groups in state["measured"]:
+            self.measured.append((updates, {name: Sensitivity(*pair) for name, pair in groups.items()}))
+            self.weights.update(*self.measured[-1])
+        self.distortions = [(updates, score) for updates, score in state["distortions"]]
+
     def judges(self, updates: int) -> bool:
         """Evenly over the run, where images are held out."""
         return bool(self.held_out) and updates % self._judge_every == 0

@@ -1,0 +1,76 @@
+"""States of what takes minutes to learn, written now and then, so that a killed run loses seconds of it."""
+
+import json
+import time
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ptqcore import files
+from ptqcore.fingerprint import digest_of
+from ptqcore.reading import plain_size
+from ptqcore.tensor_header import read_tensor_header
+
+SECONDS = 15.0  # between two writes
+
+
+class Midway:
+    """Where the state of one problem lies, in one file with its digest."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._last = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether the state is to be written again."""
+        return time.monotonic() - self._last >= SECONDS
+
+    def write(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Write a state, in the place of an earlier one.
+
+        Args:
+            tensors: by name.
+            values: whatever JSON can hold.
+
+        Raises:
+            ArtifactError: if it cannot be written.
+        """
+        text = json.dumps(values)
+        files.write_tensors(self._path, tensors, {"values": text, "digest": digest_of([tensors, text])})
+        self._last = time.monotonic()
+
+    def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The state that an earlier process has written; None if there is none, or it is damaged."""
+        try:
+            if not plain_size(self._path):
+                return None
+            read_tensor_header(self._path)
+            with safe_open(self._path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+                metadata = file.metadata()
+            text = metadata["values"]
+            if digest_of([tensors, text]) != metadata["digest"]:
+                return None
+            return tensors, json.loads(text)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            return None
+
+
+def midways(folder: Path, block: int) -> Iterator[Midway]:
+    """The places of the problems of a block, in the order in which they are solved."""
+    for number in count():
+        yield Midway(folder / f"{_prefix(block)}{number:04d}.safetensors")
+
+
+def forget(folder: Path, block: int | None = None) -> None:
+    """Remove the states of a block that is finished; by default those of all."""
+    for file in folder.glob(f"{_prefix(block)}*"):
+        file.unlink()
+
+
+def _prefix(block: int | None) -> str:
+    return "midway-" if block is None else f"midway-{block:04d}-"
