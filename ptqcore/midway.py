@@ -40,7 +40,7 @@ class Midway:
             ArtifactError: if it cannot be written.
         """
         text = json.dumps(values)
-        files.write_tensors(self._path, tensors, {"values": text, "digest": digest_of([tensors, text])})
+        files.write_tensors(self._path, tensors, {"values": text, "digest": _digest(tensors, text)})
         self._last = time.monotonic()
 
     def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -53,7 +53,7 @@ class Midway:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
                 metadata = file.metadata()
             text = metadata["values"]
-            if digest_of([tensors, text]) != metadata["digest"]:
+            if _digest(tensors, text) != metadata["digest"]:
                 return None
             return tensors, json.loads(text)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
@@ -70,6 +70,10 @@ def forget(folder: Path, block: int | None = None) -> None:
     """Remove the states of a block that is finished; by default those of all."""
     for file in folder.glob(f"{_prefix(block)}*"):
         file.unlink()
+
+
+def _digest(tensors: dict[str, Tensor], text: str) -> str:
+    return digest_of([dict(sorted(tensors.items())), text])
 
 
 def _prefix(block: int | None) -> str:

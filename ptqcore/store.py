@@ -1,11 +1,14 @@
 """Tensors that outlive a loop: in memory up to a budget, memory-mapped files beyond it."""
 
+import os
 import weakref
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
+
+from ptqcore.errors import ArtifactError
 
 
 class Store:
@@ -28,15 +31,26 @@ class Store:
         return self._count > 0
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """The tensor itself while the budget lasts, else a memory-mapped copy."""
+        """The tensor itself while the budget lasts, else a memory-mapped copy.
+
+        Raises:
+            ArtifactError: if the disk has no room for it.
+        """
         size = tensor.nbytes
         if self._used + size <= self._budget or not size:
             self._used += size
             weakref.finalize(tensor, self._release, size)
             return tensor
-        if self._folder is None:
-            self._folder = TemporaryDirectory(prefix="activations-", dir=self._parent)
-        path = Path(self._folder.name) / f"{self._count}.bin"
+        try:
+            if self._folder is None:
+                self._folder = TemporaryDirectory(prefix="activations-", dir=self._parent)
+            path = Path(self._folder.name) / f"{self._count}.bin"
+            _reserve(path, size)
+        except OSError as error:
+            raise ArtifactError(
+                f"cannot keep activations in {self._parent}: {error.strerror}; free some space there, or set "
+                "the recipe key memory_gib to more"
+            ) from error
         self._count += 1
         mapped = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
         path.unlink()  # the mapping stays, and the space is free once the tensor is
@@ -44,6 +58,13 @@ class Store:
 
     def _release(self, size: int) -> None:
         self._used -= size
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Have the space on disk: to write into a mapping that has none would kill the process."""
+    with open(path, "wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
 
 
 def half_of_memory() -> int:

@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from tiny_task import W3, W3A4, manifest_of, run, weights_of
 from torch import nn
 
 import ptqcore.fingerprint
-from ptqcore import artifact
+from ptqcore import artifact, midway
 from ptqcore.errors import ArtifactError
+from ptqcore.reconstruction import Objective
 from ptqcore.rounding import Round
 
 RECIPE = {"step": [{"qdrop": {"iterations": 3}}, "bias-correction"], "quant": W3A4}
@@ -211,3 +213,86 @@ def test_the_same_run_goes_on_after_all_these(stopped, tmp_path):
 def test_without_resume_another_run_may_begin(stopped, tmp_path):
     quantize(stopped, step="round", seed=1)
     assert not (stopped / ".work").exists()
+
+
+# Killed while a block learns
+
+
+LEARNS = {
+    "qdrop": {"qdrop": {"iterations": 24, "weights": "adaround"}},
+    "qdrop of codes and biases": {"qdrop": {"iterations": 24, "weights": "adaquant", "learn_biases": True}},
+    "brecq": {"brecq": {"iterations": 16}},
+    "adaround": {"adaround": {"iterations": 12}},
+}
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    """Counts the updates of all problems, writes the state after each, and stops the run before one."""
+    seen = SimpleNamespace(count=0, stop_at=None)
+
+    def before(self, updates):
+        if seen.count == seen.stop_at:
+            raise Stopped
+        seen.count += 1
+
+    monkeypatch.setattr(Objective, "before", before)
+    monkeypatch.setattr(midway, "SECONDS", 0.0)
+    return seen
+
+
+@pytest.mark.parametrize("step", LEARNS)
+@pytest.mark.parametrize("share", [0.2, 0.6, 0.95])
+def test_a_run_killed_while_it_learns_makes_no_update_again(updates, tmp_path, step, share):
+    recipe = {"step": [LEARNS[step], "bias-correction"], "blocks": "network-wise"}
+    quantize(tmp_path / "whole", **recipe)
+    total, updates.count = updates.count, 0
+    updates.stop_at = int(share * total)
+    with pytest.raises(Stopped):
+        quantize(tmp_path / "out", **recipe)
+    updates.stop_at = None
+    quantize(tmp_path / "out", resume=True, **recipe)
+    assert total <= updates.count <= total + 1
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
+    assert not (tmp_path / "out/.work").exists()
+
+
+def test_the_state_of_a_block_that_is_finished_is_removed(updates, tmp_path):
+    updates.stop_at = 30
+    recipe = {"step": {"qdrop": {"iterations": 24, "weights": "adaround"}}}
+    with pytest.raises(Stopped):
+        quantize(tmp_path, **recipe)
+    names = sorted(file.name for file in (tmp_path / ".work").glob("midway-*"))
+    assert names == ["midway-0001-0000.safetensors"]
+    updates.stop_at = 2
+    updates.count = 0
+    with pytest.raises(Stopped):
+        quantize(tmp_path, **recipe)  # without resume: all of it is gone
+    names = sorted(file.name for file in (tmp_path / ".work").glob("midway-*"))
+    assert names == ["midway-0000-0000.safetensors"]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "a folder"])
+def test_a_damaged_state_is_not_used(updates, tmp_path, damage):
+    recipe = {"step": LEARNS["qdrop"], "blocks": "network-wise"}
+    quantize(tmp_path / "whole", **recipe)
+    total, updates.count = updates.count, 0
+    updates.stop_at = 10
+    with pytest.raises(Stopped):
+        quantize(tmp_path / "out", **recipe)
+    file = tmp_path / "out/.work/midway-0000-0000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 4
+    file.unlink()
+    if damage == "a folder":
+        file.mkdir()
+    else:
+        file.write_bytes({"flipped": content, "cut": content[:-50], "empty": b""}[damage])
+    updates.stop_at, updates.count = None, 0
+    if damage == "a folder":
+        with pytest.raises(ArtifactError, match="cannot write"):
+            quantize(tmp_path / "out", resume=True, **recipe)
+        return
+    quantize(tmp_path / "out", resume=True, **recipe)
+    assert updates.count == total
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")

@@ -1,9 +1,12 @@
 """Tensors that outlive a loop: memory up to a budget, files beyond it."""
 
 import gc
+import os
 
+import pytest
 import torch
 
+from ptqcore.errors import ArtifactError
 from ptqcore.store import Store
 
 KILOBYTE = 256  # float32 values
@@ -47,3 +50,30 @@ def test_no_file_is_left_when_the_store_is_gone(tmp_path):
     del store
     gc.collect()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_room_is_one_sentence(tmp_path, monkeypatch):
+    """And not the end of the process, as writing into a mapping would be."""
+
+    def full(handle, start, size):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    store = Store(0, tmp_path)
+    with pytest.raises(
+        ArtifactError, match=r"cannot keep activations in .*: No space left on device; free"
+    ):
+        store.keep(torch.ones(4))
+
+
+def test_a_file_may_not_grow_beyond_the_limit_of_the_process(tmp_path):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        store = Store(0, tmp_path)
+        store.keep(torch.ones(4))
+        with pytest.raises(ArtifactError, match="File too large; free some space there"):
+            store.keep(torch.ones(4000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
