@@ -16,7 +16,7 @@ from ptqcore.blocks import Block
 from ptqcore.calibration import Calibration
 from ptqcore.dataflow import Dataflow, inside
 from ptqcore.errors import ModelError
-from ptqcore.modules import weight_rows
+from ptqcore.modules import quantizable_layers, weight_rows
 from ptqcore.packed import QuantizedTensor
 from ptqcore.placement import LAYERS, Edge
 from ptqcore.quantizers import (
@@ -84,6 +84,13 @@ class Learning(Step):
         """Keep the map: where layers read their inputs, and how large tensors are."""
         keep_freed_memory()
         self._flow = flow
+        for path, layer in quantizable_layers(model).items():
+            dtype = weight_rows(layer).dtype
+            if dtype != torch.float32 and self.context.reason_to_skip(path) is None:
+                raise ModelError(
+                    f"layer {path!r} has weights of {dtype}, and the step {self.name} learns in float32: "
+                    "give it the model in float32"
+                )
 
     def nearest(self, path: str, layer: nn.Module, calibration: Calibration) -> QuantizedTensor:
         """The weight rounded to nearest: its grid is kept, and learning starts there."""

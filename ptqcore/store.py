@@ -48,8 +48,8 @@ class Store:
             _reserve(path, size)
         except OSError as error:
             raise ArtifactError(
-                f"cannot keep activations in {self._parent}: {error.strerror}; free some space there, or set "
-                "the recipe key memory_gib to more"
+                f"cannot keep activations in {self._parent}: {error.strerror}; free some space there, or "
+                "set the recipe key memory_gib to more"
             ) from error
         self._count += 1
         mapped = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)

@@ -147,6 +147,18 @@ def test_half_precision(tmp_path, dtype, kind):
 # Refused
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["qdrop", "adaround", "brecq"])
+def test_half_precision_where_something_is_learned(refused, dtype, kind):
+    step, quant = RECIPES[kind]
+    sentence = refused(ModelError, net(dtype=dtype), images(dtype=dtype), step, quant)
+    name = next(iter(next(each for each in step if isinstance(each, dict))))
+    assert sentence == (
+        f"layer 'conv' has weights of {dtype}, and the step {name} learns in float32: give it the model in "
+        "float32"
+    )
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_weights(refused, value):
     make = net(lambda model: model.mid.weight[0, 0].fill_(value))

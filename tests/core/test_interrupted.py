@@ -1,5 +1,6 @@
 """Runs that end before they are done: whatever is on disk then is whole, and `--resume` goes on with it."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ from tiny_task import W3, W3A4, manifest_of, run, weights_of
 from torch import nn
 
 import ptqcore.fingerprint
-from ptqcore import artifact, midway
+from ptqcore import artifact, files, midway
 from ptqcore.errors import ArtifactError
 from ptqcore.reconstruction import Objective
 from ptqcore.rounding import Round
@@ -163,6 +164,105 @@ def test_an_earlier_artifact_is_there_as_it_was_or_not_at_all(whole, tmp_path):
             seen.add("none")
         shutil.rmtree(folder)
     assert seen == {"earlier", "none", "new"}
+
+
+# A disk that fails
+
+
+@pytest.fixture
+def used(tmp_path):
+    """A folder with an earlier artifact, and what is in it."""
+    folder = tmp_path / "used"
+    quantize(folder, step="round", seed=1)
+    return folder, contents(folder)
+
+
+def contents(folder):
+    """Every file of a folder and its bytes, but for what interrupted work has left."""
+    names = {file.relative_to(folder): file for file in folder.rglob("*") if file.is_file()}
+    return {name: file.read_bytes() for name, file in names.items() if name.parts[0] != ".work"}
+
+
+READ_ONLY = (errno.EROFS, "Read-only file system; choose another --output")
+OTHERS = [
+    (errno.EACCES, "Permission denied; choose another --output"),
+    (errno.ENOSPC, "the disk is full; free some space or choose another --output, then run again with"),
+    (errno.EIO, "Input/output error; choose another --output"),
+]
+
+
+@pytest.mark.parametrize(
+    ("point", "code", "said"), [(p, *READ_ONLY) for p in range(1, 11)] + [(4, *other) for other in OTHERS]
+)
+def test_a_folder_that_cannot_be_written_any_more(whole, used, monkeypatch, point, code, said):
+    """From the n-th write on: in the journal, in the artifact, in the report."""
+    folder, before = used
+    writes = 0
+
+    def replace(source, target, original=os.replace):
+        nonlocal writes
+        writes += 1
+        if writes >= point:
+            raise OSError(code, os.strerror(code))
+        original(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(ArtifactError, match=r"^cannot write .*: ") as caught:
+            quantize(folder)
+    assert said in str(caught.value)
+    assert caught.value.exit_code == 2
+    assert contents(folder) == before
+    assert not list(folder.rglob("*.partial"))
+    quantize(folder, resume=True)
+    assert weights_of(folder) == weights_of(whole)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.parametrize("limit", [700, 1500, 6000, 20000])
+def test_files_that_may_not_be_that_large(whole, used, limit):
+    resource = pytest.importorskip("resource")
+    folder, before = used
+    readable, writable = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            quantize(folder)
+        except ArtifactError as error:
+            os.write(writable, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writable)
+    os.waitpid(child, 0)
+    with open(readable, encoding="utf-8") as pipe:
+        sentence = pipe.read()
+    assert sentence.startswith("cannot write ")
+    assert "File too large" in sentence
+    assert contents(folder) == before
+    quantize(folder, resume=True)
+    assert weights_of(folder) == weights_of(whole)
+
+
+def test_a_second_run_into_the_same_folder(used):
+    folder, before = used
+    with files.locked(folder), pytest.raises(ArtifactError, match="another run is writing to"):
+        quantize(folder, step="round", seed=2)
+    assert contents(folder) == before
+
+
+def test_a_lock_that_its_holder_has_just_removed_is_none(tmp_path, monkeypatch):
+    """Between opening the file and locking it: else two runs would each hold a lock of their own."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(handle, operation, original=fcntl.flock):
+        (tmp_path / ".lock").unlink()
+        (tmp_path / ".lock").touch()
+        original(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(ArtifactError, match="another run is writing to"), files.locked(tmp_path):
+        pass
 
 
 # Resumed with something else
