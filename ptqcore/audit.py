@@ -38,14 +38,14 @@ def relative_error(results: list[list[Tensor]], targets: list[list[Tensor]], pat
 
 
 def weight_shapes(block: Block) -> dict[str, tuple[int, ...]]:
-    """The shape of the weight of every float or quantized layer of a block, and of what tables replace."""
+    """The shape of the weight of every float or quantized layer of a block, output channels first, and of
+    what tables replace."""
     shapes = {
         path: tuple(module.weight_shape)
         for path, module in block.module.named_modules(prefix=block.path)
         if isinstance(module, QuantModule | TimestepTable)
     }
-    floats: dict[str, Any] = dict(block.layers())
-    return shapes | {path: tuple(layer.weight.shape) for path, layer in floats.items()}
+    return shapes | {path: tuple(weight_rows(layer).shape) for path, layer in block.layers().items()}
 
 
 def check_weight_shapes(block: Block, before: dict[str, tuple[int, ...]], who: str) -> None:

@@ -231,14 +231,15 @@ def test_a_run_with_wrong_input_is_not_repeated_and_stops_no_other(ptq, here):
     assert "the data are wrong" in err
 
 
-def test_what_nobody_foresaw_is_a_reason_with_its_traceback_in_the_log(ptq, here):
+def test_a_bug_of_a_plugin_is_a_reason_with_its_traceback_in_the_folder_of_the_run(ptq, here):
     here()
     keys = {"models": ["good", {"bad": {"steps": [{"nap": {"wrong": "oh no"}}, "round"]}}]}
     code, _, _ = ptq("sweep", write(recipes=["a.yaml"], **keys), "--output", "out")
     assert code == 1
     assert [row["state"] for row in table().values()] == ["done", "failed"]
-    assert table()["a-bad"]["reason"].startswith("RuntimeError: oh no (see ")
-    assert "Traceback" in Path("out/a-bad/run.log").read_text()
+    reason = table()["a-bad"]["reason"]
+    assert reason.startswith("step 'nap' of plugin 'small' failed in block '0': RuntimeError: oh no (its ")
+    assert "oh no" in Path("out/a-bad/.work/traceback.txt").read_text()
 
 
 def test_resume_keeps_what_the_same_recipe_made_and_is_whole(ptq, here):

@@ -10,7 +10,7 @@ from tiny_task import TinyTask, manifest_of, run
 from torch import nn
 
 import ptqcore
-from ptqcore import ExportError, FakeQuant, MinMax, ModelError, QuantSpec, Step
+from ptqcore import BugError, ExportError, FakeQuant, MinMax, ModelError, QuantSpec, Step
 from ptqcore.observers.per_timestep import PerTimestep
 from ptqcore.quantizers import LearnedStep
 from ptqcore.rounding import Round
@@ -288,7 +288,7 @@ def test_granularity_timestep_is_a_steps_to_choose(tmp_path):
 
 
 def test_samples_without_timesteps_cannot_have_ranges_for_each(tmp_path):
-    with pytest.raises(ValueError, match="no timesteps"):
+    with pytest.raises(BugError, match=r"'every-timestep' of plugin 'tiny' failed .*no timesteps"):
         run(tmp_path, Denoiser, SAMPLES, ["every-timestep", "round"], QUANT, steps=STEPS)
 
 
