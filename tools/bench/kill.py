@@ -82,11 +82,14 @@ def watch(command: list[str], output: Path, log: IO[bytes], kill_at: float | Non
 
 
 def _journal(output: Path) -> dict[float, bool]:
-    """When each file of the journals was written → whether it is a finished block of the run itself."""
+    """When each file of the journals was written → whether it is a finished block of the run itself.
+
+    `midway-…` are states of what a block is still learning."""
     found = {}
-    for file in output.glob(".work/**/*.json"):
+    work = output / ".work"
+    for file in (*work.rglob("*.json"), *work.rglob("midway-*")):
         try:
-            block = file.name.startswith("block-") and file.parent.name == ".work"
+            block = file.name.startswith("block-") and file.parent == work
             found[file.stat().st_mtime] = block
         except FileNotFoundError:
             continue
