@@ -88,7 +88,8 @@ def products(calibration: Calibration, one: list[Tensor], other: list[Tensor]) -
 def corrections(
     weights: Sequence[Tensor], gram: Tensor, difference: Tensor, damping: float
 ) -> list[Tensor]:
-    """W Δ (H + λ)⁻¹ for every weight W [outputs, channels], which is to be added to it.
+    """W Δ (H + λ)⁻¹ for every weight W [outputs, channels], which is to be added to it; 0 where no λ helps,
+    as for inputs that are all 0.
 
     Args:
         weights: of layers that read the same inputs.
@@ -103,5 +104,7 @@ def corrections(
         added = damping * mean
         lower, info = torch.linalg.cholesky_ex(gram)
         failed, damping = bool(info) and damping < 1, damping * 10
+    if bool(info):
+        return [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
     found = torch.cholesky_solve(wanted.T, lower).T
     return list(found.split([len(weight) for weight in weights]))
