@@ -294,3 +294,25 @@ def test_a_block_with_a_nan_is_not_in_the_journal(refused, tmp_path):
     refused(ModelError, net(), images(), step=["round", "spoils"], quant=GROUPS, steps=SPOIL)
     journal = sorted(path.name for path in (tmp_path / "out/.work").glob("block-*.json"))
     assert journal == ["block-0000.json"]
+
+
+@pytest.mark.parametrize(
+    ("quant", "what"), [(W3A4, "the activation :div"), (GROUPS, "the input of layer 'one'")]
+)
+def test_an_activation_that_is_not_finite_inside_a_block_is_named(refused, quant, what):
+    """What comes out of the block is: nobody would notice."""
+
+    class Hides(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.two(self.one(x / 0).nan_to_num(posinf=1.0, neginf=-1.0))
+
+    sentence = refused(ModelError, Hides, [torch.randn(2, 4)], quant=quant, blocks="network-wise")
+    assert sentence == (
+        f"{what} holds NaN or infinite values on the calibration samples, so that it has no range: add the "
+        "layer to quant.ignore, or quantize weights alone"
+    )
