@@ -1,6 +1,7 @@
 """Numbers that are no good: named and refused, or handled; never is there a NaN in an artifact."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -70,16 +71,27 @@ def recipe(request):
     return dict(zip(("step", "quant"), RECIPES[request.param], strict=True))
 
 
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory):
+    """The folder of an artifact."""
+    folder = tmp_path_factory.mktemp("earlier") / "out"
+    run(folder, net(), images(), "round", W3A4)
+    return folder
+
+
 @pytest.fixture
-def refused(tmp_path):
-    """The sentence of a run that must be refused, and that leaves no artifact."""
+def refused(tmp_path, earlier):
+    """The sentence of a run that must be refused with exit code 2, and that leaves the earlier artifact."""
 
     def refused(error, make, samples, step="round", quant=W3A4, **keys):
+        out = shutil.copytree(earlier, tmp_path / "out")
         with pytest.raises(error) as caught:
-            run(tmp_path / "out", make, samples, step, quant, **keys)
+            run(out, make, samples, step, quant, **keys)
         assert type(caught.value) is error
-        assert not (tmp_path / "out/manifest.json").exists()
-        assert not list((tmp_path / "out").rglob("model.safetensors"))
+        assert caught.value.exit_code == 2
+        assert not list((out / ".work").rglob("model.safetensors"))
+        for file in earlier.rglob("*"):
+            assert file.is_dir() or (out / file.relative_to(earlier)).read_bytes() == file.read_bytes()
         return str(caught.value)
 
     return refused
