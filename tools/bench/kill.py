@@ -2,8 +2,8 @@
 
     python tools/bench/kill.py --plugin lane [--recipe w4a4] [--kills 20] [--seed 0] [--set KEY=VALUE …]
 
-A run is killed once (SIGKILL, all its processes), at a moment drawn evenly from the time that the run
-before any kill took; then `--resume` finishes it. `lost`: seconds from what was last on disk to the kill,
+A run is killed once (SIGKILL, all its processes), at a moment drawn evenly from the processor time that a
+whole run took, so that other load moves no moment; then `--resume` finishes it. Linux only. `lost`: seconds from what was last on disk to the kill,
 which are computed again. The longest time between two writes of the whole run bounds them; what comes
 before the first write (loading, calibration samples, metrics) and behind the last block (metrics, exports)
 is always computed again.
@@ -31,9 +31,11 @@ _BETWEEN_LOOKS = 0.02
 
 @dataclass
 class Watched:
-    """What was seen of a run: seconds in all, times of its writes (by the clock), blocks on disk."""
+    """What was seen of a run: seconds in all and of the processor, times of its writes (by the clock),
+    blocks on disk."""
 
     seconds: float = 0.0
+    used: float = 0.0
     killed: bool = False
     blocks: int = 0
     writes: tuple[float, ...] = ()
@@ -51,19 +53,20 @@ class Watched:
 
 
 def watch(command: list[str], output: Path, log: IO[bytes], kill_at: float | None = None) -> Watched:
-    """Run a command until it ends, or is killed with all its processes after so many seconds.
+    """Run a command until it ends, or is killed with all its processes after so many seconds of processor.
 
     Raises:
         SystemExit: if it fails.
     """
     seen: set[float] = set()
-    blocks = 0
+    blocks, used = 0, 0.0
     begun = time.time()
     process = subprocess.Popen(
         [*command, "--output", str(output)], stdout=log, stderr=log, start_new_session=True
     )
     while process.poll() is None:
-        if kill_at is not None and time.time() - begun >= kill_at:
+        used = max(used, _used(process.pid))
+        if kill_at is not None and used >= kill_at:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             break
@@ -78,7 +81,16 @@ def watch(command: list[str], output: Path, log: IO[bytes], kill_at: float | Non
     if killed:
         seen |= (found := _journal(output)).keys()
         blocks = sum(found.values())
-    return Watched(ended - begun, killed, blocks, tuple(sorted(seen)), ended)
+    return Watched(ended - begun, used, killed, blocks, tuple(sorted(seen)), ended)
+
+
+def _used(process: int) -> float:
+    """Seconds of processor time that a process has used so far; 0 if it is gone."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _journal(output: Path) -> dict[float, bool]:
@@ -109,7 +121,7 @@ def kills(command: list[str], folder: Path, count: int, seed: int) -> tuple[list
     with open(folder / "log.txt", "wb") as log:
         whole = watch(command, folder / "whole", log)
         wanted = digest(folder / "whole" / _MODEL)
-        print(f"whole run: {whole.seconds:.1f} s, {whole.blocks} blocks seen on disk")
+        print(f"whole run: {whole.seconds:.1f} s, {whole.used:.1f} s of processor, {whole.blocks} blocks")
         print(f"longest time between two writes: {whole.longest:.1f} s", flush=True)
         rows = []
         for number in range(count):
@@ -117,13 +129,14 @@ def kills(command: list[str], folder: Path, count: int, seed: int) -> tuple[list
             first = Watched()
             while not first.killed:  # a run may be faster than the first was
                 shutil.rmtree(output, ignore_errors=True)
-                first = watch(command, output, log, moments.uniform(0, whole.seconds))
+                first = watch(command, output, log, moments.uniform(0, whole.used))
             second = watch([*command, "--resume"], output, log)
             same = digest(output / _MODEL) == wanted
             rows.append(
                 {
                     "kill": str(number + 1),
                     "after": f"{first.seconds:.1f} s",
+                    "processor": f"{first.used:.1f} s",
                     "blocks on disk": f"{first.blocks} of {whole.blocks}",
                     "lost": f"{first.lost:.1f} s",
                     "resumed in": f"{second.seconds:.1f} s",
