@@ -3,10 +3,10 @@
     python tools/bench/kill.py --plugin lane [--recipe w4a4] [--kills 20] [--seed 0] [--set KEY=VALUE …]
 
 A run is killed once (SIGKILL, all its processes), at a moment drawn evenly from the processor time that a
-whole run took, so that other load moves no moment; then `--resume` finishes it. Linux only. `lost`: seconds from what was last on disk to the kill,
-which are computed again. The longest time between two writes of the whole run bounds them; what comes
-before the first write (loading, calibration samples, metrics) and behind the last block (metrics, exports)
-is always computed again.
+whole run took, so that other load moves no moment; then `--resume` finishes it. Linux only. `lost`: seconds
+from what was last on disk to the kill, which are computed again. The longest time between two writes of the
+whole run bounds them; what comes before the first write (loading, calibration samples, metrics) and behind
+the last block (metrics, exports) is always computed again.
 """
 
 import argparse
