@@ -218,6 +218,11 @@ class LearnedCodes(LearnedWeight):
 
     def __init__(self, weight: Tensor, start: QuantizedTensor) -> None:
         super().__init__(weight, start)
+        codes = start.codes.float()
+        below = 0.5 - 1e-4  # ties fall as in rounding to nearest
+        nearest = codes + (self._position - codes).clamp(-below, below)
+        inside = (self._position >= 0) & (self._position <= start.spec.levels)
+        self._position = torch.where(inside, nearest, self._position)
         self.variable = torch.zeros_like(self._position, requires_grad=True)
 
     def codes(self) -> Tensor:
