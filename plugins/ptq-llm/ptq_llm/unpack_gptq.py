@@ -12,8 +12,10 @@ import numpy as np
 from ptq_llm.unpack import Array, TensorFile, unpack_codes, whole
 from ptqcore import ExportError
 
-# Paths with escaped characters, and at most one wildcard at the end: others may take forever to match.
-_HARMLESS = re.compile(r"(?:\\.|[\w.-])*(?:\[\^\.\]\+)?\$?")
+# Paths with escaped characters and at most three wildcards, one more at the end: others may take forever
+# to match.
+_PATH = r"(?:\\.|[\w-]|\.(?!\*))*"
+_HARMLESS = re.compile(rf"{_PATH}(?:\.\*{_PATH}){{0,3}}(?:\[\^\.\]\+)?\$?")
 
 
 @dataclass(frozen=True)
