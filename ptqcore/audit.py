@@ -269,16 +269,3 @@ def left_alone(model: nn.Module, context: Context) -> dict[str, str]:
         default = "outside the blocks" if path in outside else f"{kind} has no quantized kind"
         reasons[path] = context.reason_to_skip(path) or default
     return reasons
-
-
-def check_finite(model: nn.Module) -> None:
-    """Make sure that the weights can be quantized.
-
-    Raises:
-        ModelError: naming the first tensor that holds NaN or infinite values.
-    """
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ModelError(
-                f"tensor {name!r} of the model holds NaN or infinite values: repair the checkpoint"
-            )

@@ -24,12 +24,12 @@ from ptqcore.walk import BlockIO
 class Phase:
     """One run of the optimiser.
 
-    roundings, steps: what is learned. keep: probability that an activation inside the block is
+    weights, steps: what is learned. keep: probability that an activation inside the block is
     rounded; inputs: probability that an element of the block's input comes from the quantized prefix,
     not from the full-precision model. share: of the iterations.
     """
 
-    roundings: bool
+    weights: bool
     steps: bool
     keep: float
     inputs: float
@@ -37,7 +37,7 @@ class Phase:
 
 
 _TENSOR = object()
-_DECIDED = Phase(roundings=True, steps=True, keep=1.0, inputs=1.0)
+_DECIDED = Phase(weights=True, steps=True, keep=1.0, inputs=1.0)
 
 
 class BlockLearner:
@@ -47,7 +47,7 @@ class BlockLearner:
         self,
         io: BlockIO,
         exact: list[list[Tensor]],
-        roundings: dict[str, LearnedWeight],
+        weights: dict[str, LearnedWeight],
         quantizers: dict[Edge, FakeQuant],
         precision: torch.dtype,
         biases: bool = False,
@@ -55,13 +55,13 @@ class BlockLearner:
         """Args:
         io: the block's inputs, in both streams.
         exact: what the full-precision model has at the block's output, for every sample.
-        roundings: by path of the layer.
+        weights: what is learned of them, by path of the layer.
         quantizers: of the activations inside the block.
         precision: of the computation.
         biases: whether the layers' biases are learned too.
         """
         self.io, self.exact = io, exact
-        self.roundings, self.quantizers = roundings, quantizers
+        self.weights, self.quantizers = weights, quantizers
         self.learned = {
             id(quantizer): LearnedStep(quantizer)
             for quantizer in quantizers.values()
@@ -69,14 +69,14 @@ class BlockLearner:
         }
         self.biases = self._learned_biases() if biases else {}
         self._precision = precision
-        self._weights: dict[str, Tensor] = {}
+        self._decided: dict[str, Tensor] = {}
 
     def decide(self) -> None:
         """Compute with decided weights from now on."""
         layers = self.io.block.layers()
-        self._weights = {
-            path: rows_to_weight(rounding.hard().dequantize(), layers[path])
-            for path, rounding in self.roundings.items()
+        self._decided = {
+            path: rows_to_weight(learned.hard().dequantize(), layers[path])
+            for path, learned in self.weights.items()
         }
 
     def predict(self, phase: Phase, generator: torch.Generator, samples: Sequence[int]) -> list[Tensor]:
@@ -99,8 +99,8 @@ class BlockLearner:
     @torch.no_grad()
     def rounded(self, samples: Sequence[int]) -> Any:
         """What the block returns for a batch of samples with every rounding decided."""
-        for rounding in self.roundings.values():
-            rounding.decide()
+        for learned in self.weights.values():
+            learned.decide()
         return self.structured(self.predict(_DECIDED, torch.Generator(), samples))
 
     def structured(self, tensors: Sequence[Tensor]) -> Any:
@@ -118,17 +118,17 @@ class BlockLearner:
         layers: dict[str, nn.Module] = block.layers()
         start = len(block.path) + 1 if block.path else 0
         found = {}
-        for path, rounding in self.roundings.items():
+        for path, learned in self.weights.items():
             name = f"{path[start:]}.weight".lstrip(".")
-            weight = self._weights.get(path)
-            found[name] = rows_to_weight(rounding.weight, layers[path]) if weight is None else weight
+            weight = self._decided.get(path)
+            found[name] = rows_to_weight(learned.weight, layers[path]) if weight is None else weight
         for path, bias in self.biases.items():
             found[f"{path[start:]}.bias".lstrip(".")] = bias.value
         return found
 
     def _learned_biases(self) -> dict[str, LearnedBias]:
         """Of the layers that have one; the unit is the spread of their outputs for the first sample."""
-        layers = {path: self.io.block.layers()[path] for path in self.roundings}
+        layers = {path: self.io.block.layers()[path] for path in self.weights}
         units: dict[str, float] = {}
         handles = [
             layer.register_forward_hook(partial(_note_spread, units, path))

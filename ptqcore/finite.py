@@ -29,6 +29,19 @@ def check_stored(tensors: Mapping[str, Tensor]) -> None:
             )
 
 
+def check_model(model: nn.Module) -> None:
+    """Make sure that the weights can be quantized.
+
+    Raises:
+        ModelError: naming the first tensor that holds NaN or infinite values.
+    """
+    for name, tensor in model.state_dict().items():
+        if not _is_finite(tensor):
+            raise ModelError(
+                f"tensor {name!r} of the model holds NaN or infinite values: repair the checkpoint"
+            )
+
+
 def check_samples(samples: Sequence[Any]) -> None:
     """Make sure that a model can be calibrated on samples.
 

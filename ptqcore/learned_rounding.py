@@ -67,10 +67,10 @@ class ReconstructOptions(LearningOptions):
     def schedule(self, share: float = 1.0) -> Schedule:
         """The schedule of one block, or of a share of its iterations."""
         usual = super().schedule(share)
-        rate = usual.rounding_rate
+        rate = usual.weight_rate
         if self.weights == "adaquant" and self.rate is None:
             rate = min(_CODES_RATE, rate)
-        return replace(usual, rounding_rate=rate, step_rate=self.step_rate or usual.step_rate)
+        return replace(usual, weight_rate=rate, step_rate=self.step_rate or usual.step_rate)
 
 
 class Learning(Step):
@@ -150,30 +150,30 @@ class Reconstruct(Learning):
 
     def block(self, block: Block, calibration: Calibration) -> None:
         kind = LearnedRounding if self.options.weights == "adaround" else LearnedCodes
-        roundings: dict[str, LearnedWeight] = {
+        weights: dict[str, LearnedWeight] = {
             path: kind(weight_rows(layer), self.nearest(path, layer, calibration))
             for path, layer in self.context.targets(block).items()
         }
-        quantizers = calibration.quantizers | self._input_quantizers(roundings, calibration)
+        quantizers = calibration.quantizers | self._input_quantizers(weights, calibration)
         precision = getattr(torch, self.options.precision)
         learner = BlockLearner(
             calibration.io,
             calibration.exact,
-            roundings,
+            weights,
             quantizers,
             precision,
             self.options.learn_biases,
         )
         generator = self.generator(block)
         for phase in self.phases():
-            if not phase.roundings:
+            if not phase.weights:
                 learner.decide()
             problem = Problem(
                 block.path,
                 self.samples(calibration),
                 partial(learner.predict, phase, generator),
                 learner.target,
-                list(roundings.values()) if phase.roundings else [],
+                list(weights.values()) if phase.weights else [],
                 self._beside(learner, phase),
                 self.objective(learner, phase, calibration),
                 self.at_once(block, calibration),
@@ -184,11 +184,11 @@ class Reconstruct(Learning):
         beside: list[LearnedStep | LearnedBias] = [*learner.learned.values(), *learner.biases.values()]
         for learned in beside:
             learned.finish()
-        self._finish(block, calibration, roundings, quantizers)
+        self._finish(block, calibration, weights, quantizers)
 
     @staticmethod
     def _beside(learner: BlockLearner, phase: Phase) -> list[LearnedStep | LearnedBias]:
-        """What is learned in a phase beside roundings."""
+        """What is learned in a phase beside weights."""
         steps = learner.learned.values() if phase.steps and phase.keep else ()
         return [*steps, *learner.biases.values()]
 
@@ -196,21 +196,21 @@ class Reconstruct(Learning):
         self,
         block: Block,
         calibration: Calibration,
-        roundings: dict[str, LearnedWeight],
+        weights: dict[str, LearnedWeight],
         quantizers: dict[Edge, FakeQuant],
     ) -> None:
         """Put the quantized layers in, their inputs with the learned steps."""
-        for path, rounding in roundings.items():
-            layer = self.quantize_layer(block, calibration, path, rounding.hard())
+        for path, learned in weights.items():
+            layer = self.quantize_layer(block, calibration, path, learned.hard())
             if layer.input_quantizer is not None and layer.input_quantizer.scale is not None:
                 layer.input_quantizer.scale = quantizers[self._inputs_of(path)[0]].scale
 
     def _input_quantizers(
-        self, roundings: dict[str, LearnedWeight], calibration: Calibration
+        self, weights: dict[str, LearnedWeight], calibration: Calibration
     ) -> dict[Edge, FakeQuant]:
         """In the scope `layers`: a quantizer for the input of each layer, shared by its calls."""
         found: dict[Edge, FakeQuant] = {}
-        for path in roundings:
+        for path in weights:
             quant, observer = self.context.grids.inputs(path), calibration.observer(path)
             if quant is None:
                 continue
@@ -234,9 +234,9 @@ class BRECQ(Reconstruct):
 
     def phases(self) -> Sequence[Phase]:
         inputs = _INPUTS.get(self.options.inputs, 0.5)
-        weights = Phase(roundings=True, steps=False, keep=0.0, inputs=inputs)
-        activations = Phase(roundings=False, steps=True, keep=1.0, inputs=inputs, share=0.25)
-        return (weights, activations) if self.options.learn_steps else (weights,)
+        first = Phase(weights=True, steps=False, keep=0.0, inputs=inputs)
+        then = Phase(weights=False, steps=True, keep=1.0, inputs=inputs, share=0.25)
+        return (first, then) if self.options.learn_steps else (first,)
 
 
 class QDropOptions(ReconstructOptions):

@@ -155,5 +155,5 @@ def map_model(recipe: Recipe, plugin: str, registry: Registry) -> FlowMap:
     with TemporaryDirectory(prefix="ptq-map-") as workspace:
         task = plan.task(Path(workspace))
         model = task.load_model().eval().requires_grad_(False)
-        audit.check_finite(model)
+        finite.check_model(model)
         return prepare(plan, task, model, [task.example(model)]).map()

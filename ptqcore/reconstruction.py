@@ -63,7 +63,7 @@ class Schedule:
 
     iterations: int
     batch: int
-    rounding_rate: float
+    weight_rate: float
     step_rate: float
     warmup: float = 0.2
     beta: tuple[float, float] = (20.0, 2.0)
@@ -80,15 +80,15 @@ class Problem:
     """What is reconstructed.
 
     samples: the numbers of those to learn from. predict: sample numbers → the block's output tensors
-    with the variables as they now are. target: sample numbers → what they should be. steps: what is
-    learned beside roundings. midway: where the state is written now and then, for a run that is killed.
+    with the variables as they now are. target: sample numbers → what they should be. weights, steps:
+    what is learned. midway: where the state is written now and then, for a run that is killed.
     """
 
     name: str
     samples: Sequence[int]
     predict: Callable[[Sequence[int]], list[Tensor]]
     target: Callable[[Sequence[int]], list[Tensor]]
-    roundings: list[LearnedWeight]
+    weights: list[LearnedWeight]
     steps: list[LearnedStep | LearnedBias]
     objective: Objective = field(default_factory=Objective)
     at_once: int = 1
@@ -119,12 +119,12 @@ def reconstruct(problem: Problem, schedule: Schedule, generator: torch.Generator
     for iteration in range(begun, schedule.iterations):
         problem.objective.before(iteration)
         optimizer.zero_grad()
-        for rounding in problem.roundings:
-            rounding.begin()
+        for weight in problem.weights:
+            weight.begin()
         drawn = generator.get_state()
         loss = _accumulate(problem, schedule.batch, generator)
-        for rounding in problem.roundings:
-            rounding.end()
+        for weight in problem.weights:
+            weight.end()
         if regulariser.begins(iteration):
             generator.set_state(drawn)
             regulariser.calibrate(loss, _decided_loss(problem, schedule.batch, generator))
@@ -147,10 +147,10 @@ def _optimizer(problem: Problem, schedule: Schedule) -> torch.optim.Optimizer | 
     """Adam; the rate of all but roundings falls to 0 as half a cosine, theirs stays."""
     groups: list[dict[str, Any]] = []
     for kind in (LearnedRounding, LearnedCodes):
-        variables = [weight.variable for weight in problem.roundings if isinstance(weight, kind)]
+        variables = [weight.variable for weight in problem.weights if isinstance(weight, kind)]
         if variables:
             cosine = kind is LearnedCodes
-            groups.append({"params": variables, "first": schedule.rounding_rate, "cosine": cosine})
+            groups.append({"params": variables, "first": schedule.weight_rate, "cosine": cosine})
     if problem.steps:
         variables = [step.variable for step in problem.steps]
         groups.append({"params": variables, "first": schedule.step_rate, "cosine": True})
@@ -180,8 +180,8 @@ def _accumulate(problem: Problem, batch: int, generator: torch.Generator) -> flo
 @torch.no_grad()
 def _decided_loss(problem: Problem, batch: int, generator: torch.Generator) -> float:
     """The loss of one random batch with every rounding as it would be decided now."""
-    for rounding in problem.roundings:
-        rounding.decide()
+    for weight in problem.weights:
+        weight.decide()
     return _accumulate(problem, batch, generator)
 
 
@@ -223,7 +223,7 @@ class _Best:
         return [learned.variable for learned in self._learned()]
 
     def _learned(self) -> list[LearnedWeight | LearnedStep | LearnedBias]:
-        return [*self._problem.roundings, *self._problem.steps]
+        return [*self._problem.weights, *self._problem.steps]
 
 
 class _State:
@@ -291,9 +291,9 @@ class _Regulariser:
     """λ · Σ (1 − |2h − 1|^β), which drives every h(V) to 0 or 1 (AdaRound, eq. 24)."""
 
     def __init__(self, problem: Problem, schedule: Schedule) -> None:
-        self._roundings = [one for one in problem.roundings if isinstance(one, LearnedRounding)]
+        self._roundings = [one for one in problem.weights if isinstance(one, LearnedRounding)]
         self._schedule = schedule
-        self._all = len(self._roundings) == len(problem.roundings)
+        self._all = len(self._roundings) == len(problem.weights)
         self.unit: float | None = None  # λ for a weight of 1
 
     def begins(self, iteration: int) -> bool:

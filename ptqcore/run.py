@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ptqcore import artifact, audit, files, finite
+from ptqcore import artifact, files, finite
 from ptqcore.attachments import describe_attachments
 from ptqcore.blame import blaming
 from ptqcore.dataflow import tensors_in
@@ -133,7 +133,7 @@ class _Run:
         with self.phase("load the model"):
             with blaming(self.who, "to load the model"):
                 model = task.load_model().eval().requires_grad_(False)
-            audit.check_finite(model)
+            finite.check_model(model)
             self.record.size_bytes["before"] = state_bytes(model)
         with self.phase("calibration samples"):
             with blaming(self.who, "to give calibration samples"):

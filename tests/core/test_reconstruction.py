@@ -94,9 +94,9 @@ def least_error(weight, x, rounding):
 def test_inputs_one_channel_at_a_time_are_served_best_by_rounding_to_nearest():
     weight = random(4, 6)
     problem = linear_problem(weight, torch.eye(6) * torch.tensor([1.0, 2, 0.5, 3, 1, 2])[:, None])
-    nearest = problem.roundings[0].start.codes
+    nearest = problem.weights[0].start.codes
     reconstruct(problem, schedule(100), generator())
-    assert torch.equal(problem.roundings[0].hard().codes, nearest)
+    assert torch.equal(problem.weights[0].hard().codes, nearest)
 
 
 def test_with_correlated_inputs_learned_rounding_is_closer_to_the_optimum_than_nearest():
@@ -105,7 +105,7 @@ def test_with_correlated_inputs_learned_rounding_is_closer_to_the_optimum_than_n
     for seed in range(6):
         weight, x = random(2, 5, seed=seed), correlated(seed=100 + seed)
         problem = linear_problem(weight, x)
-        (rounding,) = problem.roundings
+        (rounding,) = problem.weights
         least = least_error(weight, x, rounding)
         nearest.append(error_of(weight, x, rounding.hard().dequantize()) / least)
         reconstruct(problem, schedule(100, rate=0.06), generator())
@@ -122,7 +122,7 @@ def mean_of(ratios):
 def test_the_regulariser_drives_roundings_up_or_down():
     problem = linear_problem(random(8, 16), random(64, 16, seed=1))
     reconstruct(problem, schedule(400, regularisation=(1.0, 1000.0)), generator())
-    share = problem.roundings[0].share_up().detach()
+    share = problem.weights[0].share_up().detach()
     open_ = ((share > 0.05) & (share < 0.95)).float().mean()
     assert float(open_) <= 0.05
 
@@ -138,7 +138,7 @@ def test_codes_go_as_far_as_the_target_asks_roundings_to_the_neighbour():
         problem = linear_problem(weight, x, kind=kind)
         problem.target = lambda chosen: [x[chosen] @ wanted.dequantize().T]
         reconstruct(problem, schedule(400), generator())
-        found[kind] = problem.roundings[0].hard().codes.int() - wanted.codes.int()
+        found[kind] = problem.weights[0].hard().codes.int() - wanted.codes.int()
         assert len(problem.history) == 400 or kind is LearnedRounding
     assert found[LearnedCodes].abs().max() == 0
     assert found[LearnedRounding].min() <= -2
@@ -148,7 +148,7 @@ def test_before_the_warm_up_ends_only_the_data_counts():
     """The full-precision weight fits its own outputs, and stays there."""
     weight, x = random(4, 6), random(32, 6, seed=1)
     problem = linear_problem(weight, x)
-    (rounding,) = problem.roundings
+    (rounding,) = problem.weights
     rounded = error_of(weight, x, rounding.hard().dequantize()) / 32 / 4
     reconstruct(problem, schedule(50, warmup=1.1), generator())
     assert max(problem.history) < 1e-2 * rounded
@@ -159,7 +159,7 @@ def test_roundings_make_up_for_the_inputs_of_a_quantized_prefix():
     weight, x = random(6, 12), random(64, 12, seed=1)
     seen = x + 0.3 * x.roll(1, 1)
     problem = linear_problem(weight, x)
-    (rounding,) = problem.roundings
+    (rounding,) = problem.weights
     problem.predict = lambda chosen: [seen[chosen] @ rounding.weight.T]
 
     def loss():
@@ -189,7 +189,7 @@ def test_samples_computed_together_or_one_by_one_give_the_same_gradients():
         problem = linear_problem(weight, x, at_once)
         problem.target = lambda chosen: [x[chosen].roll(1, 1) @ weight.T]
         reconstruct(problem, schedule(1, 18, warmup=1.1), generator())
-        found.append((problem.roundings[0].variable.grad, torch.tensor(problem.history)))
+        found.append((problem.weights[0].variable.grad, torch.tensor(problem.history)))
     for other in found[1:]:
         torch.testing.assert_close(found[0], other, rtol=1e-4, atol=1e-6)
 
@@ -198,7 +198,7 @@ def test_the_random_numbers_follow_from_the_seed():
     def learned(seed):
         problem = linear_problem(random(4, 6), correlated(64, 6))
         reconstruct(problem, schedule(40), generator(seed))
-        return problem.roundings[0].variable.detach(), problem.history
+        return problem.weights[0].variable.detach(), problem.history
 
     first, again, other = learned(1), learned(1), learned(2)
     assert torch.equal(first[0], again[0])
@@ -275,7 +275,7 @@ class Judged(Objective):
 def test_the_best_state_that_was_judged_is_kept(scores, best):
     judged = Judged(scores)
     problem = linear_problem(random(4, 6), random(32, 6, seed=1), objective=judged)
-    (rounding,) = problem.roundings
+    (rounding,) = problem.weights
     judged.state = lambda: (rounding.weight.clone(), rounding.variable.clone())
     reconstruct(problem, schedule(25, warmup=1.1), generator())
     assert judged.begun == list(range(25))
@@ -470,7 +470,7 @@ class Scaled(BRECQ):
 
     def objective(self, learner, phase, calibration):
         found = Times(7)
-        Scaled.seen.append((calibration.block.path, phase.roundings, found))
+        Scaled.seen.append((calibration.block.path, phase.weights, found))
         return found
 
 
@@ -488,7 +488,7 @@ def test_a_subclass_brings_its_own_loss(tmp_path):
     Scaled.seen.clear()
     run(tmp_path, make, images(), {"scaled": {"iterations": 4, "batch": 8}}, steps=OWN)
     assert [block for block, _, _ in Scaled.seen[::2]] == ["stem", "one", "two", "head"]
-    assert [roundings for _, roundings, _ in Scaled.seen] == [True, False] * 4
+    assert [weights for _, weights, _ in Scaled.seen] == [True, False] * 4
     sizes = [size for _, _, objective in Scaled.seen for size in objective.samples]
     assert sizes
     assert all(samples == predicted == target for samples, predicted, target in sizes)

@@ -1,9 +1,7 @@
 """Selective focus learns a whole network for minutes: a run killed meanwhile goes on in the middle."""
 
-import cv2
-import numpy as np
 import pytest
-from toy_lanes import FRAME
+from toy_lanes import write_pictures
 
 import ptqcore
 from ptq_lane.objective import LaneObjective
@@ -20,10 +18,7 @@ class Stopped(BaseException):
 def recipe(tmp_path_factory):
     """Of a small network, with images held out and sensitivities measured several times."""
     folder = tmp_path_factory.mktemp("images")
-    random = np.random.default_rng(0)
-    for number in range(20):
-        picture = cv2.resize(random.integers(0, 256, (4, 8, 3), np.uint8), (FRAME.width, FRAME.height))
-        cv2.imwrite(str(folder / f"{number:02}.png"), picture)
+    write_pictures(folder, 20)
     learning = {"iterations": UPDATES, "batch": 4, "pixels": 1.0, "held_out": 0.25, "judged": 6}
     learning |= {"selection": {"evaluations": 5}}
     settings = {

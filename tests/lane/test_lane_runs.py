@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from torch import nn
-from toy_lanes import FRAME, Toy, ToyNet
+from toy_lanes import Toy, ToyNet, write_pictures
 
 import ptq_lane
 import ptqcore
@@ -23,10 +23,7 @@ TOY = ["task.family=toy_lanes:Toy", "task.model=toy_lanes:ToyNet", "task.calibra
 def images(tmp_path_factory):
     """Forty small pictures."""
     folder = tmp_path_factory.mktemp("images")
-    random = np.random.default_rng(0)
-    for number in range(40):
-        picture = cv2.resize(random.integers(0, 256, (4, 8, 3), np.uint8), (FRAME.width, FRAME.height))
-        cv2.imwrite(str(folder / f"{number:02}.png"), picture)
+    write_pictures(folder, 40)
     return folder
 
 

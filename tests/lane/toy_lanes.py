@@ -1,5 +1,6 @@
 """A family of lane detectors as a stranger would write it: one straight line a slot."""
 
+import cv2
 import numpy as np
 import torch
 from torch import nn
@@ -68,3 +69,11 @@ def outputs(batch=4, seed=0):
     found[..., 1] += torch.tensor([3.0, 6.0, 9.0])
     found[..., 2] *= 0.1
     return found
+
+
+def write_pictures(folder, count):
+    """Small pictures of soft colours."""
+    random = np.random.default_rng(0)
+    for number in range(count):
+        picture = cv2.resize(random.integers(0, 256, (4, 8, 3), np.uint8), (FRAME.width, FRAME.height))
+        cv2.imwrite(str(folder / f"{number:02}.png"), picture)
