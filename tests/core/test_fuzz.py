@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from ptqcore import PtqError
+
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.append(str(TOOLS))
 
@@ -134,6 +136,11 @@ def test_every_target_reads_its_own_input(tmp_path, target):
     target.seed(tmp_path)
     target.mend(tmp_path)
     target.read(tmp_path)
+    for file in tmp_path.rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(PtqError):  # so it does read
+        target.read(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.yaml", "a.bin", "a.safetensors", "a.pth", "a.npz", "a.onnx"])
