@@ -8,12 +8,14 @@ import pytest
 import torch
 import yaml
 from torch import nn
-from toy_lanes import Toy, ToyNet, write_pictures
+from toy_lanes import FRAME, Toy, ToyNet, write_pictures
 
 import ptq_lane
 import ptqcore
 from ptq_lane import Lanes
 from ptq_lane.lane_task import LaneOptions, LaneTask
+from ptq_lane.lines_txt import write_lines_txt
+from ptq_lane.preprocess import Preprocess
 from ptqcore import DataError
 
 TOY = ["task.family=toy_lanes:Toy", "task.model=toy_lanes:ToyNet", "task.calibration=12", "export=[]"]
@@ -113,6 +115,34 @@ def test_sensitivity_is_a_table_of_pixels(ptq, tmp_path, images):
     assert groups["ignored"][1:] == [0, 0, 0]
     assert groups["x"][1] > 0
     assert sum(row[2] for row in groups.values()) == pytest.approx(1)
+
+
+def test_a_folder_of_culane_gives_f1_by_category(ptq, tmp_path):
+    """Twelve pictures, of which every third calibrates; the labels are where the network finds its lanes."""
+    data, night = tmp_path / "data", [1, 2, 4]
+    pictures, lists = data / "driver_1" / "a.MP4", data / "list" / "test_split"
+    for folder in (pictures, lists):
+        folder.mkdir(parents=True)
+    write_pictures(pictures, 12)
+    for number in range(12):
+        image = cv2.imread(str(pictures / f"{number:02}.png"))[:, :, ::-1]
+        with torch.no_grad():
+            (lanes,) = Toy(FRAME).decode(ToyNet()(Preprocess().prepare(image)[None]))
+        labelled = lanes.points() if number in night else []
+        write_lines_txt(labelled, pictures / f"{number:02}.lines.txt")
+    names = {"test8_night": night, "test7_cross": [5, 7, 8, 10, 11]}
+    for name, numbers in names.items():
+        (lists / f"{name}.txt").write_text("".join(f"/driver_1/a.MP4/{one:02}.jpg\n" for one in numbers))
+    settings = (f"task.labels={data}", "task.calibration=4")
+    code, _, err = quantize(ptq, tmp_path / "run", data, *settings, recipe="w8a8-minmax")
+    assert code == 0, err
+    before = json.loads((tmp_path / "run" / "metrics.json").read_text())["before"]
+    assert before["f1@0.5/night"] == 100
+    assert before["fp/cross"] == 2 * 5
+    assert before["f1@0.5"] == pytest.approx(100 * 2 * 6 / (2 * 6 + 10))
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "f1@0.5/night" in page
+    assert "fp/cross" in page
 
 
 # What goes wrong

@@ -104,3 +104,5 @@ def test_categories_have_counts_and_a_total():
         "other": Counts(0, 0, 1),
         "total": Counts(1, 2, 1),
     }
+    by_category = {key: value for key, value in scores.result().items() if "/" in key}
+    assert by_category == {"f1@0.5/curve": 100, "f1@0.5/other": 0, "fp/cross": 2}

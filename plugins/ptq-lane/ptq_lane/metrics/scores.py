@@ -4,7 +4,7 @@ import numpy as np
 
 from ptq_lane.labels import Label
 from ptq_lane.lanes import Frame, Lanes, Numbers
-from ptq_lane.metrics.culane import THRESHOLDS, Band, Counts, by_category, draw, match
+from ptq_lane.metrics.culane import CROSS, THRESHOLDS, TOTAL, Band, Counts, by_category, draw, match
 from ptq_lane.metrics.ego import ego_pair
 from ptq_lane.metrics.tusimple import Rates, image_rates, mean_rates
 
@@ -50,12 +50,14 @@ class Scores:
             self._rates.append(image_rates(x, label.x, label.rows))
 
     def result(self) -> dict[str, float]:
-        """The figures by name, in percent but for `tusimple_fp` and `tusimple_fn`.
+        """The figures by name, in percent but for `tusimple_fp`, `tusimple_fn` and `fp/cross`.
 
         f1@0.3, f1@0.5, f1@0.75: F1 of CULane at these intersections over union.
         ego_f1@0.5: the same of the two lines that the car drives between alone.
         agreement_f1@0.5: the same against the lanes that the model finds in full precision.
         tusimple_accuracy, tusimple_fp, tusimple_fn: the rates of TuSimple.
+        f1@0.5/night and so on: F1 of the images of each category, `other` for those of none; of crossroads,
+            which have no labelled lanes, `fp/cross`, the number of lanes found.
 
         Figures that need labels are left out where there are none.
         """
@@ -72,7 +74,7 @@ class Scores:
                 "tusimple_fp": rates.fp,
                 "tusimple_fn": rates.fn,
             }
-        return figures
+        return figures | self._by_category()
 
     def categories(self) -> dict[str, Counts]:
         """The counts of the labelled images of each category, at 0.5, and their total; empty if no category
@@ -80,6 +82,13 @@ class Scores:
         if all(category is None for category, _ in self._counts):
             return {}
         return by_category((category or _UNKNOWN, counts[_EDGE]) for category, counts in self._counts)
+
+    def _by_category(self) -> dict[str, float]:
+        categories = self.categories()
+        categories.pop(TOTAL, None)
+        cross = categories.pop(CROSS, None)
+        figures = {f"f1@{_EDGE}/{name}": 100 * counts.f1 for name, counts in categories.items()}
+        return figures if cross is None else figures | {f"fp/{CROSS}": cross.fp}
 
 
 def _points(lanes: Lanes) -> list[Numbers]:
