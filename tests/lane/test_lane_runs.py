@@ -118,7 +118,7 @@ def test_sensitivity_is_a_table_of_pixels(ptq, tmp_path, images):
 
 
 def test_a_folder_of_culane_gives_f1_by_category(ptq, tmp_path):
-    """Twelve pictures, of which every third calibrates; the labels are where the network finds its lanes."""
+    """Every third of twelve pictures calibrates; the labels are where the network finds its lanes."""
     data, night = tmp_path / "data", [1, 2, 4]
     pictures, lists = data / "driver_1" / "a.MP4", data / "list" / "test_split"
     for folder in (pictures, lists):
