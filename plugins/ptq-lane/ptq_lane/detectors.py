@@ -16,6 +16,8 @@ from ptq_lane.lstr.checkpoint import load as load_lstr
 from ptq_lane.lstr.network import LSTR
 from ptq_lane.lstr.variants import MEAN, STD, find_variant
 from ptq_lane.networks.images import HEIGHT, WIDTH
+from ptq_lane.openmmlab import loading as openmmlab
+from ptq_lane.openmmlab.description import Description
 from ptq_lane.preprocess import Preprocess
 from ptqcore import (
     ModelError,
@@ -43,15 +45,15 @@ FAMILIES = (*_SMALL, LSTR_FAMILY)
 class Detector:
     """A lane detector before it is loaded.
 
-    family, variant, model: what `find` finds it by again. structure: makes the network, with any weights.
-    load: makes it with the weights of a checkpoint, or its own. adapter: reads its outputs as lanes of a
-    frame. preprocess: how it wants its images. size: (width, height) of the scenes that are rendered for
-    it.
+    family, variant, model: what `find_saved` finds it by again. structure: makes the network, with any
+    weights. load: makes it with the weights of a checkpoint, or its own. adapter: reads its outputs as
+    lanes of a frame. preprocess: how it wants its images. size: (width, height) of the scenes that are
+    rendered for it.
     """
 
     family: str
     variant: str | None
-    model: str | None
+    model: str | dict[str, Any] | None
     structure: Callable[[], nn.Module]
     load: Callable[[Path | None], nn.Module]
     adapter: Callable[[Frame], Adapter]
@@ -65,12 +67,16 @@ def find(family: str, variant: str | None = None, model: str | None = None) -> D
     Args:
         family: one of `FAMILIES`, or an import path `package.module:Adapter` to a subclass of `Adapter`.
         variant: of LSTR, "tusimple" or "culane".
-        model: import path of a network; None for LSTR itself, or the small one of the family.
+        model: import path of a network, or a config of OpenMMLab; None for LSTR itself, or the small one of
+            the family.
 
     Raises:
         ModelError: if there is no such family, variant or network.
     """
     adapter = _adapter(family, variant)
+    if model is not None and openmmlab.is_config(model):
+        config = openmmlab.read(model)
+        return _described(family, variant, config.description, adapter, config.preprocess)
     if model is not None:
         return _users(family, variant, model, adapter)
     if family == LSTR_FAMILY:
@@ -86,18 +92,22 @@ def find_saved(described: Mapping[str, Any], file: Path) -> Detector:
     """The detector that an artifact describes; nothing that the artifact brings is run.
 
     Args:
-        described: `family`, `variant` and `model`, as `find` takes them.
+        described: `family`, `variant` and `model` of a `Detector`.
         file: where they stand.
 
     Raises:
         ModelError: if there is no such detector, or it is code that nobody has imported.
     """
     family, variant, model = (described.get(key) for key in ("family", "variant", "model"))
-    if not (isinstance(family, str) and isinstance(variant, str | None) and isinstance(model, str | None)):
+    named = isinstance(variant, str | None) and isinstance(model, str | dict | None)
+    if not isinstance(family, str) or not named:
         raise ModelError(f"{file} does not describe a lane detector: family, variant and model are names")
     for path in (family, model):
-        if path is not None and ":" in path:
+        if isinstance(path, str) and (":" in path or path.endswith(".py")):
             check_imported(path, file)
+    if isinstance(model, dict):
+        description = Description.from_json(model, str(file))
+        return _described(family, variant, description, _adapter(family, variant), Preprocess())
     return find(family, variant, model)
 
 
@@ -174,6 +184,23 @@ def _users(family: str, variant: str | None, model: str, adapter: Callable[[Fram
         return network
 
     return Detector(family, variant, model, structure, load, adapter, Preprocess(), (640, 360))
+
+
+def _described(
+    family: str,
+    variant: str | None,
+    description: Description,
+    adapter: Callable[[Frame], Adapter],
+    preprocess: Preprocess,
+) -> Detector:
+    structure = partial(_evaluating, partial(openmmlab.structure, description))
+
+    def load(checkpoint: Path | None) -> nn.Module:
+        return _evaluating(partial(openmmlab.load, description, checkpoint))
+
+    height, width = preprocess.size or (360, 640)
+    kept = description.to_json()
+    return Detector(family, variant, kept, structure, load, adapter, preprocess, (width, height))
 
 
 def _evaluating(make: Callable[[], nn.Module]) -> nn.Module:

@@ -38,7 +38,8 @@ class LaneOptions(TaskOptions):
     variant: str | None = Field(default=None, description="of the family lstr: tusimple or culane")
     model: str | None = Field(
         default=None,
-        description="import path package.module:attribute of a network; null: the family's own",
+        description="import path package.module:attribute of a network, or a config of OpenMMLab: a .py "
+        "file, mmseg:NAME or mmdet:NAME; null: the family's own",
     )
     checkpoint: str | None = Field(
         default=None,

@@ -1,0 +1,1 @@
+"""OpenMMLab models: segmentation networks of mmseg, and detectors of mmdet for an adapter of one's own."""
