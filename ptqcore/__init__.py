@@ -24,9 +24,12 @@ if TYPE_CHECKING:
     from ptqcore.dataflow import Op as Op
     from ptqcore.dataflow import tensors_in as tensors_in
     from ptqcore.dataflow import trace as trace
+    from ptqcore.distributed import Share as Share
+    from ptqcore.distributed import divided as divided
     from ptqcore.errors import ArtifactError as ArtifactError
     from ptqcore.errors import BugError as BugError
     from ptqcore.errors import DataError as DataError
+    from ptqcore.errors import DistributedError as DistributedError
     from ptqcore.errors import ExportError as ExportError
     from ptqcore.errors import ModelError as ModelError
     from ptqcore.errors import PluginError as PluginError
@@ -172,6 +175,9 @@ _HOME = {
     "read_sweep": "sweeps.specification",
     "sweep": "sweeps.sweep",
     "SweepError": "errors",
+    "Share": "distributed",
+    "divided": "distributed",
+    "DistributedError": "errors",
     "ArtifactError": "errors",
     "BugError": "errors",
     "DataError": "errors",

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ptqcore import distributed
 from ptqcore.errors import PtqError
 from ptqcore.plugin_commands import PluginCommands
 
@@ -55,9 +56,11 @@ def quantize(
     try:
         record = run(chosen, plugin, folder, resume, registry)
     except KeyboardInterrupt:  # typer would end the command without a word
-        print("interrupted; run the same command with --resume to go on", file=sys.stderr)
+        if distributed.is_first():
+            print("interrupted; run the same command with --resume to go on", file=sys.stderr)
         raise typer.Exit(130) from None
-    typer.echo(summarize(record, folder))
+    if distributed.is_first():
+        typer.echo(summarize(record, folder))
 
 
 @app.command()
@@ -197,5 +200,5 @@ def main() -> None:
     try:
         app()
     except PtqError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {distributed.name()}{error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)

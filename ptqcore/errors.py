@@ -47,6 +47,10 @@ class BugError(PtqError):
     exit_code = 1
 
 
+class DistributedError(PtqError):
+    """The processes of one run have lost each other, or have come to different results."""
+
+
 class SweepError(PtqError):
     """The processes that runs of a sweep need cannot be had, or some of the runs did not succeed."""
 

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ptqcore import files
+from ptqcore import distributed, files
 from ptqcore.artifact import (
     LayerEntry,
     build_layers,
@@ -43,7 +43,10 @@ class BlockResult:
 
 
 class Journal:
-    """Finished blocks of one run, under a fingerprint of everything that decides the result."""
+    """Finished blocks of one run, under a fingerprint of everything that decides the result.
+
+    Of several processes the first alone writes; all of them read.
+    """
 
     def __init__(
         self, folder: Path, fingerprint: dict[str, str], resume: bool, find: FindAttachment
@@ -60,6 +63,8 @@ class Journal:
             ArtifactError: if the earlier run was another one; the message names what differs.
         """
         self._folder, self._find = folder, find
+        if not distributed.is_first():
+            return
         header = folder / "journal.json"
         if resume and header.is_file():
             self._require_same(header, fingerprint)
@@ -91,6 +96,11 @@ class Journal:
 
         `ranges` are the scales and zero points of its activation quantizers, by name.
         """
+        if distributed.is_first():
+            self._save(index, block, result, ranges)
+        distributed.wait()
+
+    def _save(self, index: int, block: Block, result: BlockResult, ranges: dict[str, Tensor]) -> None:
         tensors, tied = unique_tensors(block.module)
         ranges = {f"{_RANGE}{name}": tensor for name, tensor in ranges.items()}
         files.write_tensors(self._tensors(index), tensors | ranges)
@@ -116,8 +126,9 @@ class Journal:
         return midways(self._folder, index)
 
     def has(self, index: int, block: Block) -> bool:
-        """Whether this block was finished, and its files are whole."""
-        return self._read(index, block) is not None
+        """Whether this block was finished, and its files are whole; the first process decides."""
+        found = distributed.is_first() and self._read(index, block) is not None
+        return distributed.everywhere(found)[0]
 
     def restore(self, index: int, block: Block) -> tuple[BlockResult, dict[str, Tensor]]:
         """Put a finished block back into the model.

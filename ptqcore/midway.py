@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ptqcore import files
+from ptqcore import distributed, files
 from ptqcore.fingerprint import digest_of
 from ptqcore.reading import plain_size
 from ptqcore.tensor_header import read_tensor_header
@@ -30,7 +30,7 @@ class Midway:
         return time.monotonic() - self._last >= SECONDS
 
     def write(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Write a state, in the place of an earlier one.
+        """Write a state, in the place of an earlier one; of several processes the first alone does.
 
         Args:
             tensors: by name.
@@ -39,8 +39,9 @@ class Midway:
         Raises:
             ArtifactError: if it cannot be written.
         """
-        text = json.dumps(values)
-        files.write_tensors(self._path, tensors, {"values": text, "digest": _digest(tensors, text)})
+        if distributed.is_first():
+            text = json.dumps(values)
+            files.write_tensors(self._path, tensors, {"values": text, "digest": _digest(tensors, text)})
         self._last = time.monotonic()
 
     def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

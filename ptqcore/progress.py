@@ -17,14 +17,20 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from ptqcore import distributed
+
 T = TypeVar("T")
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 def say(text: str) -> None:
-    """Print one line for the user on standard error, where progress is shown too."""
-    print(text, file=sys.stderr, flush=True)
+    """Print one line for the user on standard error, where progress is shown too.
+
+    Of several processes that do one run, the first alone says something.
+    """
+    if distributed.is_first():
+        print(text, file=sys.stderr, flush=True)
 
 
 def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
@@ -37,7 +43,9 @@ def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[
     """
     count = total if total is not None else len(items) if isinstance(items, Sized) else None
     console = Console(stderr=True)
-    if console.is_terminal:
+    if not distributed.is_first():
+        yield from items
+    elif console.is_terminal:
         yield from _bar(items, label, count, console)
     else:
         yield from _lines(items, label, count)

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ptqcore import artifact, files, finite
+from ptqcore import artifact, distributed, files, finite
 from ptqcore.attachments import describe_attachments
 from ptqcore.blame import blaming
 from ptqcore.dataflow import tensors_in
-from ptqcore.errors import ArtifactError, BugError, ExportError, ModelError, PtqError
+from ptqcore.errors import ArtifactError, BugError, DistributedError, ExportError, ModelError, PtqError
 from ptqcore.export.base import Exporter
-from ptqcore.fingerprint import fingerprint, versions
+from ptqcore.fingerprint import differences, fingerprint, versions
 from ptqcore.journal import Journal
 from ptqcore.meter import Meter
 from ptqcore.modules import state_bytes
@@ -53,25 +53,43 @@ def quantize(
         registry: the plugins, if not those that are installed.
 
     Returns:
-        The record that `metrics.json` and `report.html` are written from.
+        The record that `metrics.json` and `report.html` are written from. Where several processes do the
+        run together, the first alone measures, exports and writes: the others return without metrics, once
+        the artifact is there.
 
     Raises:
         PtqError: one sentence for the user; finished blocks stay in the journal.
     """
     plan = make_plan(recipe, plugin, registry or discover())
-    files.check_writable(output)
-    _refuse_foreign(output)
-    with files.locked(output), put_back():
-        work = files.folder(output / WORK, empty=not resume)
+    distributed.join()
+    with _workspace(output, resume) as work, put_back():
         with _traced(work):
             run = _Run(plan, output, work, resume)
             run.load()
             run.baseline()
             run.walk()
-            run.finish()
-        files.move_into(work / "artifact", output, artifact.MANIFEST_FILE, instead_of=[EXPORTS])
-        files.remove(work)
+            if distributed.is_first():
+                run.finish()
+        if distributed.is_first():
+            files.move_into(work / "artifact", output, artifact.MANIFEST_FILE, instead_of=[EXPORTS])
+            files.remove(work)
+    distributed.wait()
     return run.record
+
+
+@contextmanager
+def _workspace(output: Path, resume: bool) -> Iterator[Path]:
+    """A folder for what is only needed meanwhile: that of the first process, or one inside it."""
+    if not distributed.is_first():
+        distributed.wait()
+        yield files.folder(output / WORK / f"process-{distributed.rank()}", empty=not resume)
+        return
+    files.check_writable(output)
+    _refuse_foreign(output)
+    with files.locked(output):
+        work = files.folder(output / WORK, empty=not resume)
+        distributed.wait()
+        yield work
 
 
 @contextmanager
@@ -145,7 +163,8 @@ class _Run:
             self.record.before = self._measure("full precision")
         recipe = self.plan.resolved.model_dump(mode="json")
         self.marks = fingerprint(recipe, self.record.versions, model, samples)
-        self.journal = self._journal(self.work)
+        self._check_alike()
+        self.journal = self._journal(self.output / WORK)
 
     def baseline(self) -> None:
         """Round the model to nearest and measure that, where the recipe asks for it; afterwards the model
@@ -157,11 +176,11 @@ class _Run:
         if not self.plan.recipe.evaluate.baseline:
             return
         record = RunRecord(self.plan.plugin, self.plan.recipe.name)
-        folder = files.folder(self.work / "baseline")
+        folder, journal = files.folder(self.work / "baseline"), self.output / WORK / "baseline"
         try:
             with restored(self.prepared.model):
                 self._quantize(
-                    self.plan.baseline, record, self._journal(folder), folder, "rounding to nearest"
+                    self.plan.baseline, record, self._journal(journal), folder, "rounding to nearest"
                 )
                 self.record.phases["naive baseline"] = sum(record.phases.values())
                 with self.phase("metrics of the naive baseline"):
@@ -184,8 +203,24 @@ class _Run:
     def _journal(self, folder: Path) -> Journal:
         return Journal(folder, self.marks, self.resume, self.plan.registry.attachment)
 
+    def _check_alike(self) -> None:
+        """Make sure that all processes do the same run.
+
+        Raises:
+            DistributedError: naming what differs.
+        """
+        for number, marks in enumerate(distributed.everywhere(self.marks)):
+            changed = differences(self.marks, marks)
+            if changed:
+                raise DistributedError(
+                    f"process {number + 1} has another {', another '.join(changed)}: all processes of "
+                    "a run need the same data, the same packages and as many threads each"
+                )
+
     def _measure(self, judged: Judged) -> dict[str, float]:
-        """The metrics of the model as it now is."""
+        """The metrics of the model as it now is; the other processes go on, and wait where they must."""
+        if not distributed.is_first():
+            return {}
         self.task.judged = judged
         with blaming(self.who, f"to measure the model ({judged})"):
             return self.task.evaluate(self.prepared.model)
