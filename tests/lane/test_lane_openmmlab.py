@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import functional as F
 from toy_lanes import write_pictures
 
@@ -102,6 +104,27 @@ def test_all_classes_of_a_model_are_found():
 def test_a_type_that_is_no_name_and_another_registry_are_refused(hostile):
     with pytest.raises(ModelError, match="or a key '_scope_'"):
         types({"type": "EncoderDecoder", "backbone": [hostile]})
+
+
+_PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
+_KEYS = st.sampled_from(["type", "init_cfg", "tuple", "_scope_", "pretrained", "x"])
+_SECTIONS = st.recursive(
+    _PLAIN,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS, inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(_KEYS, _SECTIONS, max_size=4))
+def test_any_stored_model_is_read_or_refused_in_a_sentence(model):
+    saved = {"family": "segmentation", "model": {"scope": "mmseg", "model": model}}
+    try:
+        kept = detectors.find_saved(saved, FILE).model["model"]
+        names = types(Description.from_json({"scope": "mmseg", "model": kept}, "f").model)
+    except ModelError:
+        return
+    assert all(isinstance(name, str) and name for name in names)
+    assert "pretrained" not in json.dumps(kept)
 
 
 # With mmseg

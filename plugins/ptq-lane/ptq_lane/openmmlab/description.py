@@ -43,7 +43,7 @@ class Description:
             found = cls(described["scope"], for_inference(_untagged(described["model"])))
             if found.scope not in SCOPES or not isinstance(found.model, dict):
                 raise ValueError(f"its scope is {found.scope!r:.40}")
-        except (TypeError, ValueError, LookupError, RecursionError) as error:
+        except (AttributeError, TypeError, ValueError, LookupError, RecursionError) as error:
             raise ModelError(f"{source} describes no OpenMMLab model: {one_line(error)}") from error
         return found
 
