@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ptqcore import grid
 from ptqcore.blocks import Block
+from ptqcore.distributed import Share
 from ptqcore.edges import TensorFunction
 from ptqcore.placement import Edge
 from ptqcore.quantizers import FakeQuant
@@ -35,24 +36,32 @@ class CountClipped:
         self._seen[edge] += x.numel()
         return quantizer(x)
 
-    def records(self, block: str) -> list[ActivationRecord]:
-        """The figures of the edges that were reached."""
+    def records(self, block: str, share: Share) -> list[ActivationRecord]:
+        """The figures of the edges that were reached, for the samples of all processes."""
+        own = [(self._clipped[edge], self._seen[edge]) for edge in self._seen]
+        of_edges = zip(*share.everywhere(own), strict=True)
+        totals = [[sum(each) for each in zip(*counts, strict=True)] for counts in of_edges]
         return [
-            _record(str(edge), block, self._quantizers[edge], self._clipped[edge] / seen)
-            for edge, seen in self._seen.items()
+            _record(str(edge), block, self._quantizers[edge], clipped / seen)
+            for edge, (clipped, seen) in zip(self._seen, totals, strict=True)
             if seen
         ]
 
 
 def between_record(
-    edge: Edge, quantizer: FakeQuant, tensors: Iterable[Tensor], moments: Iterable[Moment | None]
+    edge: Edge,
+    quantizer: FakeQuant,
+    tensors: Iterable[Tensor],
+    moments: Iterable[Moment | None],
+    share: Share,
 ) -> ActivationRecord:
-    """The figures of an edge between blocks, for the tensors of all samples there and their timesteps."""
+    """The figures of an edge between blocks, for the tensors of a share of the samples there and their
+    timesteps."""
     count = CountClipped({edge: quantizer})
     for tensor, moment in zip(tensors, moments, strict=True):
         with at(moment):
             count.round(edge, tensor)
-    return count.records("")[0]
+    return count.records("", share)[0]
 
 
 def input_records(block: Block) -> list[ActivationRecord]:

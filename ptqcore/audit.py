@@ -14,6 +14,7 @@ from ptqcore import grid
 from ptqcore.blocks import Block
 from ptqcore.calibration import Calibration
 from ptqcore.dataflow import Dataflow
+from ptqcore.distributed import Share
 from ptqcore.errors import BugError, ModelError
 from ptqcore.modules import QuantModule, quantizable_layers, weight_rows
 from ptqcore.recipe import QuantSection
@@ -22,19 +23,33 @@ from ptqcore.step import Context, check_globs, reason_to_skip
 from ptqcore.tables import TimestepTable, tables_in
 
 
-def relative_error(results: list[list[Tensor]], targets: list[list[Tensor]], path: str) -> float:
+def relative_error(
+    results: list[list[Tensor]], targets: list[list[Tensor]], path: str, share: Share
+) -> float:
     """‖Q − F‖² / ‖F‖² over the first output tensor of every sample (0 if both are 0).
+
+    Args:
+        results: Q, for every sample of this process.
+        targets: F, for the same.
+        path: of the block.
+        share: which of all samples these are.
 
     Raises:
         ModelError: naming the block, if that is not finite.
     """
     error = energy = 0.0
-    for result, target in zip(results, targets, strict=True):
-        error += float((result[0].double() - target[0].double()).square().sum())
-        energy += float(target[0].double().square().sum())
+    for of_sample in share.in_order(map(_energies, results, targets)):
+        error += of_sample[0]
+        energy += of_sample[1]
     if not math.isfinite(error):
         raise ModelError(f"block {path!r} gives outputs too large for a number once quantized")
     return error / energy if energy else error
+
+
+def _energies(result: list[Tensor], target: list[Tensor]) -> tuple[float, float]:
+    """‖Q − F‖² and ‖F‖² of one sample."""
+    wanted = target[0].double()
+    return float((result[0].double() - wanted).square().sum()), float(wanted.square().sum())
 
 
 def weight_shapes(block: Block) -> dict[str, tuple[int, ...]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ptqcore.allocator import give_freed_memory_back
 from ptqcore.blocks import Block
 from ptqcore.dataflow import inside, tensors_in
+from ptqcore.distributed import Share
 from ptqcore.edges import ActivationQuantizers
 from ptqcore.finite import check_range
 from ptqcore.grids import Grids
@@ -21,6 +22,7 @@ from ptqcore.observers import Observer
 from ptqcore.placement import Edge
 from ptqcore.quantizers import FakeQuant
 from ptqcore.recipe import TensorQuant
+from ptqcore.sightings import Sighting, Sightings
 from ptqcore.statistics import Gram
 from ptqcore.walk import BlockIO
 
@@ -105,6 +107,12 @@ class Calibration:
         self._reached: set[Edge] = set()
         self._current = False
         self._fresh: set[str] = set()
+        self._latest: tuple[int, Gram] | None = None
+
+    @property
+    def share(self) -> Share:
+        """Which of all calibration samples this process has: those of `io`, counted from 0 there."""
+        return self.io.share
 
     @property
     def exact(self) -> list[list[Tensor]]:
@@ -245,24 +253,27 @@ class Calibration:
         for known in (self._grams, self._observers):
             for path in layers:
                 known.pop(path, None)
-        latest: dict[str, Any] = {}
+        sightings = Sightings(self.share, self.io.moments, self._begin_sample, self._take)
         handles = [
-            layer.register_forward_pre_hook(self._watch(path, latest)) for path, layer in layers.items()
+            layer.register_forward_pre_hook(self._watch(path, sightings)) for path, layer in layers.items()
         ]
         last = None if only is None else _LastOf(layers)
         functions = self.io.functions
         if not self.quantizers and only is None:
             self._edges = {edge: self._new_observer(quant) for edge, quant in self.edges.items()}
-            self.io.functions = {edge: partial(self._observe, edge, latest) for edge in self._edges}
+            self.io.functions = {
+                edge: partial(self._watch_edge, place, observer, sightings)
+                for place, (edge, observer) in enumerate(self._edges.items())
+            }
         try:
             outputs = []
-            for sample in range(len(self.io)):
-                latest["sample"] = sample
+            for sample in sightings.samples():
                 with nullcontext() if last is None else last.watching():
                     result = self.io.run_sample(sample)
                 if keep_outputs:
                     outputs.append([self.io.store.keep(tensor) for tensor in tensors_in(result)])
-                latest.clear()
+            for gram in {id(gram): gram for gram in self._grams.values()}.values():
+                gram.complete()
             self._current = only is None
             return outputs
         finally:
@@ -271,44 +282,75 @@ class Calibration:
                 handle.remove()
             give_freed_memory_back()
 
-    def _observe(self, edge: Edge, latest: dict[str, Any], x: Tensor) -> Tensor:
+    def _watch_edge(self, place: int, observer: Observer, sightings: Sightings, x: Tensor) -> Tensor:
         if x.numel():  # experts are called on no tokens too
-            self._update_observer(self._edges[edge], x, latest["sample"])
-            self._reached.add(edge)
+            weight = self._weights(x, sightings.sample)
+            plain = sightings.at_once or weight is not None
+            sightings.see(place, x if plain else observer.condensed(x), weight)
         return x
 
-    def _update_observer(self, observer: Observer, x: Tensor, sample: int) -> None:
-        weight = None if self._weigh is None else self._weigh(x, sample)
-        if weight is None:
-            observer.update(x)
-        else:
-            observer.update_weighted(x, weight)
-
-    def _watch(self, path: str, latest: dict[str, Any]) -> Callable[..., None]:
-        quant = self._grids.inputs(path)
+    def _watch(self, path: str, sightings: Sightings) -> Callable[..., None]:
+        static = self._is_static(path)
 
         def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            if not x.numel():
+            x, sample = args[0], sightings.sample
+            linear = isinstance(layer, nn.Linear)
+            if not x.numel() or not (linear or static):
                 return
-            if quant is not None and not quant.dynamic:
-                observer = self._observers.get(path) or self._new_observer(quant)
-                linear = isinstance(layer, nn.Linear)
-                sample = latest["sample"]
-                self._update_observer(observer, self.counted(x, sample) if linear else x, sample)
-                self._observers[path] = observer
-            if isinstance(layer, nn.Linear):
-                self._update_gram(path, x, latest)
+            rows = self.counted(x, sample) if linear else x
+            weight = self._weights(rows, sample) if static else None
+            if not linear and not sightings.at_once and weight is None:
+                rows = self._observer(path).condensed(rows)
+            sightings.see(path, rows, weight, x if linear else None)
 
         return hook
 
-    def _update_gram(self, path: str, x: Tensor, latest: dict[str, Any]) -> None:
-        """Add x to the layer's Gram, once for all layers that were handed the very same tensor."""
-        if latest.get("tensor") is x and path not in self._grams:
-            self._grams[path] = latest["gram"]
+    def _weights(self, x: Tensor, sample: int) -> Tensor | None:
+        return None if self._weigh is None else self._weigh(x, sample)
+
+    def _is_static(self, path: str) -> bool:
+        quant = self._grids.inputs(path)
+        return quant is not None and not quant.dynamic
+
+    def _observer(self, path: str) -> Observer:
+        """The observer of a layer's static inputs, or a new one if it has seen nothing."""
+        quant = self._grids.inputs(path)
+        assert quant is not None
+        return self._observers.get(path) or self._new_observer(quant)
+
+    def _begin_sample(self) -> None:
+        self._latest = None
+
+    def _take(self, seen: Sighting) -> None:
+        """Give a sighting to the observer and the Gram of its place."""
+        if isinstance(seen.place, int):
+            edge, observer = list(self._edges.items())[seen.place]
+            _update(observer, seen)
+            self._reached.add(edge)
+            return
+        if self._is_static(seen.place):
+            observer = self._observer(seen.place)
+            _update(observer, seen)
+            self._observers[seen.place] = observer
+        if isinstance(self.block.model.get_submodule(seen.place), nn.Linear):
+            self._update_gram(seen.place, seen)
+
+    def _update_gram(self, path: str, seen: Sighting) -> None:
+        """Add what was seen to the layer's Gram, once for all layers that saw the very same tensor."""
+        latest = self._latest
+        if latest is not None and latest[0] == seen.number and path not in self._grams:
+            self._grams[path] = latest[1]
         gram = self._grams.get(path)
         if gram is None:
-            gram = self._grams[path] = Gram(x.shape[-1], x.device)
-        if latest.get("tensor") is not x or latest["gram"] is not gram:
-            gram.update(self.counted(x, latest["sample"]))
-        latest.update(tensor=x, gram=gram)
+            turn = len(self._grams)
+            gram = self._grams[path] = Gram(seen.x.shape[-1], seen.x.device, self.share, turn)
+        if latest is None or latest != (seen.number, gram):
+            gram.update(seen.x)
+        self._latest = seen.number, gram
+
+
+def _update(observer: Observer, seen: Sighting) -> None:
+    if seen.weight is None:
+        observer.update(seen.x)
+    else:
+        observer.update_weighted(seen.x, seen.weight)

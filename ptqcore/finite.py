@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ptqcore.dataflow import tensors_in
+from ptqcore.distributed import Share
 from ptqcore.errors import DataError, ModelError
 
 
@@ -62,7 +63,12 @@ def check_samples(samples: Sequence[Any]) -> None:
 
 
 def check_outputs(
-    outputs: list[list[Tensor]], module: nn.Module, path: str, run: Callable[[int], object], when: str
+    outputs: list[list[Tensor]],
+    module: nn.Module,
+    path: str,
+    run: Callable[[int], object],
+    when: str,
+    share: Share | None = None,
 ) -> None:
     """Make sure that a module, as it now is, returns numbers.
 
@@ -72,6 +78,7 @@ def check_outputs(
         path: its path in the model.
         run: computes it again for a sample, given by its number.
         when: in what state the module is, for the sentence.
+        share: which of all samples these are.
 
     Raises:
         ModelError: naming the layer inside that first makes NaN or infinite values, and the sample.
@@ -82,10 +89,11 @@ def check_outputs(
         layer = _source(module, path, partial(run, sample))
         whole = f"block {path!r}" if path else "the model"
         name = whole if layer is None else f"layer {layer!r}"
+        number = sample if share is None else share.numbers[sample]
         half = any(tensor.dtype == torch.float16 for tensor in tensors)
         hint = "; float16 ends at 65504: give the model in float32 or bfloat16" if half else ""
         raise ModelError(
-            f"{name} gives NaN or infinite values {when}, for calibration sample {sample + 1}{hint}"
+            f"{name} gives NaN or infinite values {when}, for calibration sample {number + 1}{hint}"
         )
 
 

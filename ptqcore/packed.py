@@ -87,6 +87,11 @@ class QuantizedTensor:
         zero_point = None if zero_point is None else zero_point.to(weight.dtype)
         return cls(codes, scale, zero_point, spec, tuple(weight.shape))
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes, scale and zero point: with spec and shape again they are the same record."""
+        return self.codes, self.scale, self.zero_point
+
     def dequantize(self) -> Tensor:
         """Float values, in the shape of the model's tensor and the dtype of the scale."""
         return grid.dequantize(self.codes, self.scale, self.zero_point, self.spec).view(self.shape)

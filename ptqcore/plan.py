@@ -17,7 +17,7 @@ from ptqcore.observers.per_timestep import PerTimestep
 from ptqcore.plugin import CORE, Registry, discover
 from ptqcore.recipe import Entry, Recipe, TensorQuant, read_recipe, validate
 from ptqcore.rounding import Round
-from ptqcore.step import Context, Stage, Step, StepOptions
+from ptqcore.step import Context, Sharing, Stage, Step, StepOptions, sharing_of
 from ptqcore.task import Task, TaskOptions
 
 _DOES = {
@@ -57,6 +57,12 @@ class Plan:
                 quant[key]["observer"] = {"name": used.observer.name, "options": options}
         changed = {"task": task, "quant": quant, "steps": steps}
         return Recipe.model_validate(self.recipe.model_dump() | changed)
+
+    @property
+    def sharing(self) -> Sharing:
+        """How processes can share the calibration samples: as the step that can the least."""
+        found = {sharing_of(kind) for kind, _ in self.step_classes}
+        return "none" if "none" in found else "averaged" if "averaged" in found else "exact"
 
     @property
     def baseline(self) -> "Plan":

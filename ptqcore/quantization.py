@@ -14,11 +14,13 @@ from ptqcore.blame import blaming
 from ptqcore.blocks import Block
 from ptqcore.calibration import Calibration
 from ptqcore.dataflow import inside
+from ptqcore.distributed import Share, on_this_machine
 from ptqcore.edges import ActivationQuantizers, TensorFunction
 from ptqcore.journal import BlockResult, Journal
 from ptqcore.meter import Meter
 from ptqcore.midway import Midway
 from ptqcore.modules import QuantModule
+from ptqcore.observers import Observer
 from ptqcore.placement import Edge
 from ptqcore.plan import Plan
 from ptqcore.preparation import Prepared, check_exports
@@ -49,7 +51,9 @@ class Quantization:
         """
         self.plan, self.task, self.prepared = plan, task, prepared
         self.record, self.meter, self.folder = record, meter, folder
-        self._masks = [task.mask(sample) for sample in prepared.samples]
+        self._share = Share.of(len(prepared.samples), plan.sharing != "none")
+        self._samples = [prepared.samples[number] for number in self._share.numbers]
+        self._masks = [task.mask(sample) for sample in self._samples]
 
     def run(self, journal: Journal, label: str) -> None:
         """Walk once over all blocks.
@@ -120,17 +124,19 @@ class Quantization:
     def _start_walk(self, quantizers: ActivationQuantizers, exact: bool) -> Walk:
         """Record what flows between the blocks; edges between them are calibrated on the way."""
         model, blocks, grids = self.prepared.model, self.prepared.blocks, self.prepared.context.grids
-        moments = self._moments()
+        share, moments = self._share, self._moments()
+        own = [moments[number] for number in share.numbers]
 
         def calibrate(edge: Edge, tensors: list[Tensor]) -> TensorFunction:
             observer = self.plan.observer(grids.edges[edge])
-            for tensor, moment in zip(tensors, moments, strict=True):
+            found = map(partial(_condensed, observer), tensors, own)
+            for tensor, moment in zip(share.in_order(found), moments, strict=True):
                 with at(moment):
                     observer.update(tensor)
             low, high = observer.range()
             finite.check_range(low, high, f"the activation {edge}")
             quantizers[edge].set_range(low, high)
-            self.record.activations.append(between_record(edge, quantizers[edge], tensors, moments))
+            self.record.activations.append(between_record(edge, quantizers[edge], tensors, own, share))
             return quantizers[edge].forward
 
         between = {
@@ -141,8 +147,8 @@ class Quantization:
         forward = partial(self.task.forward, model)
         budget = self.plan.recipe.memory_gib
         size = half_of_memory() if budget is None else round(budget * 2**30)
-        store = Store(size, self.folder)
-        return Walk(blocks, self.prepared.samples, forward, between, exact, store, moments)
+        store = Store(size // on_this_machine(), self.folder)
+        return Walk(blocks, self._samples, forward, between, exact, store, own, share)
 
     def _moments(self) -> list[Moment | None]:
         """The timestep that each calibration sample is of."""
@@ -168,7 +174,8 @@ class Quantization:
                 block, io, self.prepared.context.grids, self.plan.observer, exact, self._masks, midways
             )
             targets = calibration.targets
-            finite.check_outputs(targets, block.module, block.path, io.run_sample, "in full precision")
+            at_first = "in full precision"
+            finite.check_outputs(targets, block.module, block.path, io.run_sample, at_first, self._share)
             if not all(step.data_free for step in steps):
                 audit.check_reached(block, calibration, self.prepared.context, self.task.min_tokens)
             self._hand(steps, "transform", block, calibration)
@@ -182,11 +189,12 @@ class Quantization:
             with blaming(who, f"to leave block {block.path!r} in working order"):
                 outputs = io.run_tensors()
             audit.check_output_shapes(outputs, targets, block.path, who)
-            finite.check_outputs(outputs, block.module, block.path, io.run_sample, "once quantized")
+            now = "once quantized"
+            finite.check_outputs(outputs, block.module, block.path, io.run_sample, now, self._share)
             finite.check_stored(
                 {f"{block.path}.{name}": one for name, one in block.module.state_dict().items()}
             )
-            error = audit.relative_error(outputs, targets, block.path)
+            error = audit.relative_error(outputs, targets, block.path, self._share)
             layers = audit.layer_records(block, originals, calibration, self.prepared.context)
             for layer in block.quantized_layers().values():
                 layer.release()
@@ -197,5 +205,11 @@ class Quantization:
             measurement.peak_memory_bytes,
             audit.thinned(calibration.losses),
         )
-        activations = [*counted.records(block.path), *input_records(block)]
+        activations = [*counted.records(block.path, self._share), *input_records(block)]
         return BlockResult(figures, layers, activations), outputs
+
+
+def _condensed(observer: Observer, x: Tensor, moment: Moment | None) -> Tensor:
+    """What an observer wants of an activation at a timestep."""
+    with at(moment):
+        return observer.condensed(x)

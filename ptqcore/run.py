@@ -13,7 +13,15 @@ from ptqcore import artifact, distributed, files, finite
 from ptqcore.attachments import describe_attachments
 from ptqcore.blame import blaming
 from ptqcore.dataflow import tensors_in
-from ptqcore.errors import ArtifactError, BugError, DistributedError, ExportError, ModelError, PtqError
+from ptqcore.errors import (
+    ArtifactError,
+    BugError,
+    DataError,
+    DistributedError,
+    ExportError,
+    ModelError,
+    PtqError,
+)
 from ptqcore.export.base import Exporter
 from ptqcore.fingerprint import differences, fingerprint, versions
 from ptqcore.journal import Journal
@@ -22,12 +30,14 @@ from ptqcore.modules import state_bytes
 from ptqcore.plan import Plan, make_plan
 from ptqcore.plugin import Registry, discover
 from ptqcore.preparation import prepare
+from ptqcore.progress import say
 from ptqcore.quantization import Quantization
 from ptqcore.recipe import Recipe
 from ptqcore.report.page import render
 from ptqcore.report.record import ExportRecord, RunRecord
 from ptqcore.restoring import restored
 from ptqcore.seeding import put_back, seed
+from ptqcore.step import sharing_of
 from ptqcore.tables import table_sizes
 from ptqcore.task import Judged, Task
 from ptqcore.version import __version__
@@ -157,12 +167,15 @@ class _Run:
             with blaming(self.who, "to give calibration samples"):
                 samples = task.samples(model)
             finite.check_samples(samples)
+            self._check_processes(len(samples))
         with self.phase("trace"):
             self.prepared = prepare(self.plan, task, model, samples)
         with self.phase("metrics before"):
             self.record.before = self._measure("full precision")
         recipe = self.plan.resolved.model_dump(mode="json")
         self.marks = fingerprint(recipe, self.record.versions, model, samples)
+        if self.plan.sharing == "averaged":
+            self.marks["number of processes"] = str(distributed.size())
         self._check_alike()
         self.journal = self._journal(self.output / WORK)
 
@@ -202,6 +215,25 @@ class _Run:
 
     def _journal(self, folder: Path) -> Journal:
         return Journal(folder, self.marks, self.resume, self.plan.registry.attachment)
+
+    def _check_processes(self, samples: int) -> None:
+        """Say what several processes can do for the recipe.
+
+        Raises:
+            DataError: if there are more of them than calibration samples.
+        """
+        processes = distributed.size()
+        if processes > samples:
+            raise DataError(
+                f"{processes} processes cannot share {samples} calibration samples: start at most "
+                f"{samples} (torchrun --nproc-per-node), or use more samples"
+            )
+        alone = [kind.name for kind, _ in self.plan.step_classes if sharing_of(kind) == "none"]
+        if processes > 1 and alone:
+            say(
+                f"{processes} processes: {' and '.join(alone)} cannot share calibration samples, so every "
+                "process computes all of them, and little is gained"
+            )
 
     def _check_alike(self) -> None:
         """Make sure that all processes do the same run.

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from ptqcore.distributed import Share
+
 _PANEL = 256  # columns
 
 
@@ -18,7 +20,16 @@ class Gram:
     update is accumulated by one matmul.
     """
 
-    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, channels: int, device: torch.device | str = "cpu", share: Share | None = None, turn: int = 0
+    ) -> None:
+        """Args:
+        channels: of the input.
+        device: where the sums lie.
+        share: of processes that are all given every token: each adds up a part of XᵀX, until `complete`.
+        turn: which part that is goes round with it.
+        """
+        self._share, self._turn = share or Share(0), turn
         self.matrix = torch.zeros(channels, channels, device=device)
         self.sum = torch.zeros(channels, dtype=torch.float64, device=device)
         self.magnitude = torch.zeros(channels, dtype=torch.float64, device=device)
@@ -44,10 +55,36 @@ class Gram:
         self.low = torch.minimum(self.low, values.amin(0))
         self.high = torch.maximum(self.high, values.amax(0))
         rows = values.float()
-        _add_products(self.matrix, rows)
+        for start, end in self._panels(self._share.rank):
+            _add_products(self.matrix, rows, start, end)
         self.sum += rows.sum(0, dtype=torch.float64)
         self.magnitude += rows.abs().sum(0, dtype=torch.float64)
         self.count += rows.shape[0]
+
+    def complete(self) -> None:
+        """Take the parts of XᵀX that other processes have added up: to be called by all of them, once no
+        more tokens come."""
+        if self._share.ranks == 1:
+            return
+        own = [self.matrix[start:, start:end] for start, end in self._panels(self._share.rank)]
+        for rank, parts in enumerate(self._share.everywhere(own)):
+            for (start, end), part in zip(self._panels(rank), parts, strict=True):
+                if rank != self._share.rank:
+                    self.matrix[start:, start:end] = part
+                    _mirror(self.matrix, start, end)
+        self._share = Share(0)
+
+    def _panels(self, rank: int) -> list[tuple[int, int]]:
+        """The columns of XᵀX that a process adds up below the diagonal: as much work for each process."""
+        channels, ranks = len(self.matrix), self._share.ranks
+        panels = [(start, min(start + _PANEL, channels)) for start in range(0, channels, _PANEL)]
+        there_and_back = [*range(ranks), *reversed(range(ranks))]
+        turn = (rank + self._turn) % ranks
+        return [
+            panel
+            for place, panel in enumerate(panels)
+            if there_and_back[place % len(there_and_back)] == turn
+        ]
 
     def merge(self, other: "Gram") -> None:
         """Add the tokens that another Gram of the same channels has seen."""
@@ -75,10 +112,12 @@ class Gram:
         return error / total if total else math.inf
 
 
-def _add_products(matrix: Tensor, rows: Tensor) -> None:
-    """matrix += XᵀX for rows X [tokens, channels]: panels from the diagonal down, then mirrored."""
-    channels = len(matrix)
-    for start in range(0, channels, _PANEL):
-        end = min(start + _PANEL, channels)
-        matrix[start:, start:end].addmm_(rows[:, start:].T, rows[:, start:end])
-        matrix[start:end, end:] = matrix[end:, start:end].T
+def _add_products(matrix: Tensor, rows: Tensor, start: int, end: int) -> None:
+    """matrix += XᵀX for rows X [tokens, channels], in some columns from the diagonal down, and mirrored."""
+    matrix[start:, start:end].addmm_(rows[:, start:].T, rows[:, start:end])
+    _mirror(matrix, start, end)
+
+
+def _mirror(matrix: Tensor, start: int, end: int) -> None:
+    """Have below the diagonal what is right of it, for some columns."""
+    matrix[start:end, end:] = matrix[end:, start:end].T

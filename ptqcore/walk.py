@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_unflatten
 from ptqcore import edges
 from ptqcore.blocks import Block
 from ptqcore.dataflow import Site, tensors_in
+from ptqcore.distributed import Share
 from ptqcore.edges import TensorFunction
 from ptqcore.errors import ModelError
 from ptqcore.placement import Edge
@@ -35,6 +36,7 @@ class BlockIO:
     `functions` are applied to the tensors at the block's edges in every run: none at first, its
     quantizers once they have ranges. Each run hands the block fresh copies of what flows in, so that
     a block may work in place. `moments`: the timestep that each sample is of, None where there is none.
+    `share`: which of all samples these are; they are counted from 0 here.
     """
 
     block: Block
@@ -42,6 +44,7 @@ class BlockIO:
     nodes: list[Node]
     store: Store
     moments: Sequence[Moment | None]
+    share: Share
     functions: Mapping[Edge, TensorFunction] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -169,6 +172,7 @@ class Walk:
         exact: bool = False,
         store: Store | None = None,
         moments: Sequence[Moment | None] | None = None,
+        share: Share | None = None,
     ) -> None:
         """Record the tapes.
 
@@ -181,11 +185,13 @@ class Walk:
             exact: whether to keep the stream of the full-precision model too.
             store: keeps what flows; by default memory does.
             moments: the timestep that each sample is of, where models have such.
+        share: which of all samples these are; by default they are all.
         """
         self.blocks = blocks
         self._store = store or Store(sys.maxsize, Path())
         self.exact = exact
         self._moments = moments or [None] * len(samples)
+        self._share = share or Share(len(samples))
         between = between or {}
         self._between: Mapping[Site, list[tuple[Edge, Calibrate]]] = edges.by_site(between)  # type: ignore[arg-type, assignment]
         self._tapes = Recording(blocks, samples, forward, self._moments, self._store, exact).tapes(between)
@@ -198,7 +204,8 @@ class Walk:
         while self._done < len(self.blocks):
             self._run_between()
             nodes = [tape.nodes[self._position] for tape in self._tapes]
-            yield BlockIO(self.blocks[self._done], self._tapes, nodes, self._store, self._moments)
+            block = self.blocks[self._done]
+            yield BlockIO(block, self._tapes, nodes, self._store, self._moments, self._share)
 
     def hold(self) -> None:
         """Keep what flows from here on, so that the walk can come back: `chain` and `rewind`."""
@@ -293,13 +300,15 @@ class Walk:
 
     def _check(self) -> None:
         """Every sample must call each block once, and compute the same functions between them."""
-        for index, tape in enumerate(self._tapes):
+        sites = [[str(node.site) for node in tape.nodes] for tape in self._tapes]
+        first = self._share.everywhere(sites[:1])[0]
+        for index, tape, own in zip(self._share.numbers, self._tapes, sites, strict=True):
             if sum(node.function is None for node in tape.nodes) != len(self.blocks):
                 raise ModelError(
                     f"the blocks were not called once each and in order for calibration sample "
                     f"{index + 1}: name them with the recipe key 'blocks'"
                 )
-            if [node.site for node in tape.nodes] != [node.site for node in self._tapes[0].nodes]:
+            if own != first[0]:
                 raise ModelError(
                     f"between the blocks, calibration sample {index + 1} takes another way through the "
                     "model than the first: name larger blocks with the recipe key 'blocks'"

@@ -33,6 +33,14 @@ class Observer(ABC):
     def update(self, x: Tensor) -> None:
         """Take in one tensor: a weight matrix [rows, columns], or activations [..., channels]."""
 
+    def condensed(self, x: Tensor) -> Tensor:
+        """A tensor, the smaller the better, that `update` takes in with the same result as x.
+
+        Processes that share calibration samples send it to each other; each takes in those of all samples,
+        in their order, so that an observer needs to know nothing of processes. By default x itself.
+        """
+        return x
+
     def update_weighted(self, x: Tensor, weight: Tensor) -> None:
         """Take in activations of which some count more than others, for a grid with one range.
 

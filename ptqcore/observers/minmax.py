@@ -24,6 +24,12 @@ class MinMax(Observer):
             return
         self._include(*grid.value_range(x, self.spec))
 
+    def condensed(self, x: Tensor) -> Tensor:
+        """Its smallest and largest value, where one range serves all of it."""
+        if self.spec.granularity != "tensor" or not x.ndim or not x.numel():
+            return x
+        return torch.cat(grid.value_range(x, self.spec), dim=-1)
+
     def range(self) -> tuple[Tensor, Tensor]:
         if self._range is None:
             raise ValueError("the min-max observer has seen no tensor")

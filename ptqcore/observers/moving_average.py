@@ -2,6 +2,7 @@
 
 from typing import ClassVar, Self
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -42,6 +43,12 @@ class MovingAverage(Observer):
             low, high = self._low.lerp(low, 1 - momentum), self._high.lerp(high, 1 - momentum)
         self._low, self._high = low, high
         self._count += 1
+
+    def condensed(self, x: Tensor) -> Tensor:
+        """Its smallest and largest value, where one range serves all of it."""
+        if self.spec.granularity != "tensor" or not x.ndim or not x.numel():
+            return x
+        return torch.cat(grid.value_range(x, self.spec), dim=-1)
 
     def range(self) -> tuple[Tensor, Tensor]:
         if self._low is None or self._high is None:

@@ -36,6 +36,10 @@ class PerTimestep(Observer):
         self._observers[row].update(x)
         self._seen.add(row)
 
+    def condensed(self, x: Tensor) -> Tensor:
+        """What is wanted of it by the observer of the current timestep."""
+        return self._observers[int(current().lower)].condensed(x)
+
     def range(self) -> tuple[Tensor, Tensor]:
         if not self._seen:
             raise ValueError("the per-timestep observer has seen no tensor")
