@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ptqcore.block_learner import BlockLearner as BlockLearner
     from ptqcore.block_learner import Phase as Phase
     from ptqcore.blocks import Block as Block
+    from ptqcore.blocks import find_blocks as find_blocks
     from ptqcore.calibration import Calibration as Calibration
     from ptqcore.checkpoints import put_weights as put_weights
     from ptqcore.checkpoints import read_checkpoint as read_checkpoint
@@ -164,6 +165,7 @@ _HOME = {
     "load": "artifact",
     "Structure": "artifact",
     "Block": "blocks",
+    "find_blocks": "blocks",
     "BlockLearner": "block_learner",
     "Phase": "block_learner",
     "QDrop": "learned_rounding",

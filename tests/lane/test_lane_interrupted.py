@@ -7,7 +7,7 @@ import ptqcore
 from ptq_lane.objective import LaneObjective
 from ptqcore import midway
 
-UPDATES = 24
+WARM, UPDATES = 8, 24
 
 
 class Stopped(BaseException):
@@ -19,7 +19,14 @@ def recipe(tmp_path_factory):
     """Of a small network, with images held out and sensitivities measured several times."""
     folder = tmp_path_factory.mktemp("images")
     write_pictures(folder, 20)
-    learning = {"iterations": UPDATES, "batch": 4, "pixels": 1.0, "held_out": 0.25, "judged": 6}
+    learning = {
+        "iterations": WARM + UPDATES,
+        "warm_start": WARM / (WARM + UPDATES),
+        "batch": 4,
+        "pixels": 1.0,
+        "held_out": 0.25,
+        "judged": 6,
+    }
     learning |= {"selection": {"evaluations": 5}}
     settings = {
         "task.family": "toy_lanes:Toy",

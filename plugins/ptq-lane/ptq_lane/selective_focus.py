@@ -1,24 +1,30 @@
 """The step `selective-focus`: the whole network learned against the lanes that it finds."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from pydantic import Field
+from torch import nn
 
 from ptq_lane.focus import Focus
 from ptq_lane.lane_task import LaneTask
 from ptq_lane.objective import LaneObjective
 from ptq_lane.selection import Selection
+from ptq_lane.warm_start import BlockErrors
 from ptqcore import (
     Block,
     BlockLearner,
     Calibration,
     Curves,
+    Dataflow,
+    Objective,
     Phase,
     QDrop,
     QDropOptions,
     RecipeError,
     Step,
+    find_blocks,
 )
 
 
@@ -26,8 +32,9 @@ class SelectiveFocusOptions(QDropOptions):
     """As of QDrop; focus: how much positions count, selection: how much groups of outputs count.
 
     pixels: how much the mean squared distance of candidate lanes in pixels counts beside that, where the
-    family's geometry is differentiable. held_out: share of the calibration images that are not learned
-    from, but choose the best of `judged` states; with 0 the last state is kept.
+    family's geometry is differentiable. warm_start: share of the updates, the first, in which every block
+    is learned against its own output. held_out: share of the calibration images that are not learned from,
+    but choose the best of `judged` states; with 0 the last state is kept.
     """
 
     iterations: int = Field(default=800, ge=1)
@@ -36,6 +43,7 @@ class SelectiveFocusOptions(QDropOptions):
     focus: Focus = Focus()
     selection: Selection = Selection()
     pixels: float = Field(default=0.0, ge=0)
+    warm_start: float = Field(default=0.0, ge=0, lt=1)
     held_out: float = Field(default=0.0, ge=0, lt=1)
     judged: int = Field(default=16, ge=1)
 
@@ -49,13 +57,22 @@ class SelectiveFocus(QDrop):
     Options: ClassVar[type[SelectiveFocusOptions]] = SelectiveFocusOptions
     options: SelectiveFocusOptions
 
+    def prepare(self, model: nn.Module, flow: Dataflow, run: Callable[[], object]) -> None:
+        """Keep the map, for where the network's blocks are."""
+        super().prepare(model, flow, run)
+        self._map = flow
+
     def block(self, block: Block, calibration: Calibration) -> None:
         if block.path:
             raise RecipeError(
                 f"the step selective-focus learns the whole network at once, but was given the block "
                 f"{block.path!r}: set the recipe key 'blocks' to network-wise"
             )
-        super().block(block, calibration)
+        self._warming: BlockErrors | None = None
+        try:
+            super().block(block, calibration)
+        finally:
+            self._end_warm_start()
         task = lane_task(self)
         task.learning = [*_shares(self._objective), *_held_out(self._objective)]
 
@@ -64,9 +81,21 @@ class SelectiveFocus(QDrop):
         held_out = set(self._held_out(calibration))
         return [sample for sample in range(len(calibration.io)) if sample not in held_out]
 
-    def objective(self, learner: BlockLearner, phase: Phase, calibration: Calibration) -> LaneObjective:
-        """Lanes."""
+    def phases(self) -> Sequence[Phase]:
+        """That of QDrop, its first share as a warm start."""
+        (phase,) = super().phases()
+        warm = self.options.warm_start
+        return (replace(phase, share=warm), replace(phase, share=1 - warm)) if warm else (phase,)
+
+    def objective(self, learner: BlockLearner, phase: Phase, calibration: Calibration) -> Objective:
+        """Lanes; in a warm start, what every block returns."""
         options = self.options
+        if options.warm_start and self._warming is None:
+            network = calibration.block.module
+            blocks = find_blocks(network, self._map, set(learner.weights))
+            self._warming = BlockErrors(learner, network, [block.path for block in blocks])
+            return self._warming
+        self._end_warm_start()
         self._objective = LaneObjective(
             learner,
             lane_task(self).adapter,
@@ -78,6 +107,10 @@ class SelectiveFocus(QDrop):
             options.judged,
         )
         return self._objective
+
+    def _end_warm_start(self) -> None:
+        if self._warming is not None:
+            self._warming.close()
 
     def _held_out(self, calibration: Calibration) -> list[int]:
         """Every so manieth sample."""
