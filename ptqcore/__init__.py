@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from ptqcore.learned_rounding import QDropOptions as QDropOptions
     from ptqcore.learned_rounding import Reconstruct as Reconstruct
     from ptqcore.learned_rounding import ReconstructOptions as ReconstructOptions
+    from ptqcore.memory_left import free_memory as free_memory
     from ptqcore.modules import QuantConv2d as QuantConv2d
     from ptqcore.modules import QuantLinear as QuantLinear
     from ptqcore.modules import QuantModule as QuantModule
@@ -61,6 +62,11 @@ if TYPE_CHECKING:
     from ptqcore.observers import Observer as Observer
     from ptqcore.observers import ObserverOptions as ObserverOptions
     from ptqcore.observers import Percentile as Percentile
+    from ptqcore.on_disk import as_type as as_type
+    from ptqcore.on_disk import in_memory as in_memory
+    from ptqcore.on_disk import is_on_disk as is_on_disk
+    from ptqcore.on_disk import tensors_on_disk as tensors_on_disk
+    from ptqcore.on_disk import without_memory as without_memory
     from ptqcore.packed import QuantizedTensor as QuantizedTensor
     from ptqcore.packed import pack_bits as pack_bits
     from ptqcore.packed import unpack_bits as unpack_bits
@@ -202,6 +208,12 @@ _HOME = {
     "Percentile": "observers",
     "Observer": "observers",
     "ObserverOptions": "observers",
+    "as_type": "on_disk",
+    "in_memory": "on_disk",
+    "is_on_disk": "on_disk",
+    "tensors_on_disk": "on_disk",
+    "without_memory": "on_disk",
+    "free_memory": "memory_left",
     "QuantizedTensor": "packed",
     "pack_bits": "packed",
     "unpack_bits": "packed",

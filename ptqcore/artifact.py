@@ -7,6 +7,7 @@ recipe.yaml, metrics.json, report.html
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from ptqcore.finite import check_stored
 from ptqcore.folding import fold_structure, folded_norms
 from ptqcore.memory_limit import limited_memory
 from ptqcore.modules import QuantModule, quantized_class, replace_module
+from ptqcore.on_disk import identity, tensors_on_disk, without_memory
 from ptqcore.placement import Edge
 from ptqcore.plugin import discover
 from ptqcore.reading import one_line, plain_size, read_json
@@ -229,10 +231,10 @@ def _build_folded(model: nn.Module, folded: dict[str, str]) -> None:
 def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The state of a model with every shared tensor once, and the other names of the shared ones."""
     kept: dict[str, Tensor] = {}
-    first: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
+    first: dict[tuple[Any, tuple[int, ...], tuple[int, ...]], str] = {}
     tied: dict[str, str] = {}
     for name, tensor in model.state_dict().items():
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        key = (identity(tensor), tuple(tensor.shape), tensor.stride())
         if tensor.numel() and key in first:
             tied[name] = first[key]
         else:
@@ -310,7 +312,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def restore(
-    folder: Path, build: Callable[[Manifest], nn.Module], find: FindAttachment | None = None
+    folder: Path,
+    build: Callable[[Manifest], nn.Module],
+    find: FindAttachment | None = None,
+    on_disk: bool = False,
 ) -> nn.Module:
     """Build the structure, put in the quantized layers and attachments, and load every tensor.
 
@@ -320,6 +325,7 @@ def restore(
         folder: the artifact.
         build: makes the structure.
         find: the class of an attachment by its name; by default the installed plugins are asked.
+        on_disk: leave all but the small tensors in their file, to be read at each use.
 
     Raises:
         ArtifactError: if the artifact is not whole or does not fit the structure.
@@ -332,10 +338,11 @@ def restore(
         raise ArtifactError(f"{folder}/{MODEL_FILE} cannot be read: {error}") from None
     _check_timesteps(folder, manifest, stored)
     try:
-        with limited_memory(_numbers(manifest, stored), len(stored), str(folder)):
+        limit = limited_memory(_numbers(manifest, stored), len(stored), str(folder))
+        with limit, without_memory() if on_disk else nullcontext():
             model = build(manifest)
             manifest.build(model, find)
-        state = load_file(folder / MODEL_FILE)
+        state = tensors_on_disk(folder / MODEL_FILE) if on_disk else load_file(folder / MODEL_FILE)
         load_tensors(model, state, manifest.tied)
     except PtqError:
         raise

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ptqcore.errors import ArtifactError, PtqError
+from ptqcore.tensor_file import tensor_file
 
 
 @contextmanager
@@ -60,13 +60,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     Raises:
         ArtifactError: if it cannot be written.
     """
-    with writing(path), _replacing(path) as temporary:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        temporary.chmod(mode)  # safetensors would keep it from everybody else
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+    with writing(path), _replacing(path) as temporary, open(temporary, "wb") as file:
+        for part in tensor_file(tensors, metadata):
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager

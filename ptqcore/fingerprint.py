@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from ptqcore.tensor_file import tensor_bytes
 from ptqcore.version import __version__
 
 DIGEST = "sha256:"
@@ -82,9 +83,7 @@ def digest_of(value: Any) -> str:
     for leaf in leaves:
         if isinstance(leaf, Tensor):
             total.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
-            values = leaf.detach().cpu().contiguous()
-            flat = values.as_strided((values.numel(),), (1,))  # of one element, any stride is contiguous
-            total.update(flat.view(torch.uint8).numpy().data)
+            total.update(tensor_bytes(leaf))
         else:
             total.update(repr(leaf).encode())
     return total.hexdigest()

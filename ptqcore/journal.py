@@ -25,6 +25,7 @@ from ptqcore.errors import ArtifactError, PtqError
 from ptqcore.fingerprint import differences
 from ptqcore.memory_limit import limited_memory
 from ptqcore.midway import Midway, forget, midways
+from ptqcore.on_disk import tensors_on_disk
 from ptqcore.reading import one_line, plain_size, read_json
 from ptqcore.report.record import ActivationRecord, BlockRecord, LayerRecord
 from ptqcore.tensor_header import read_tensor_header
@@ -120,6 +121,23 @@ class Journal:
         files.write_json(self._entry(index), entry)
         with files.writing(self._folder):
             forget(self._folder, index)
+
+    def leave_on_disk(self, index: int, block: Block) -> None:
+        """Let a finished block keep its tensors in the journal's file, and no longer in memory.
+
+        Raises:
+            ArtifactError: if the file cannot be read.
+        """
+        try:
+            tied = dict(read_json(self._entry(index))["tied"])
+            tensors = tensors_on_disk(self._tensors(index))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(
+                f"{self._tensors(index)} cannot be read: {error}; run again with --resume"
+            ) from error
+        own = {name: tensor for name, tensor in tensors.items() if not name.startswith(_RANGE)}
+        load_tensors(block.module, own, tied)
+        block.module.requires_grad_(False)
 
     def midways(self, index: int) -> Iterator[Midway]:
         """Where states of what a block learns are written, until it is finished."""

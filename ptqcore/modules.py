@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ptqcore import grid
+from ptqcore.on_disk import OnDisk, identity
 from ptqcore.packed import QuantizedTensor
 from ptqcore.quantizers import FakeQuant
 from ptqcore.spec import QuantSpec
@@ -50,7 +51,8 @@ class QuantModule(nn.Module, ABC):
 
     Buffers: `weight_codes` (int32 words), `weight_scale` and, if asymmetric, `weight_zero_point`
     (uint8). The forward pass computes with the dequantized weight, which is made at the first use
-    and kept beside the packed one. It starts empty: fill it with `set_weight` or a state dict.
+    and kept beside the packed one, unless that lies on disk. It starts empty: fill it with `set_weight`
+    or a state dict.
 
     Where `input_scale` [1] is known, the input is on the static grid of that scale, and products are
     summed in whole numbers; where `output_scale` [1] is known too, the output is rounded to whole
@@ -119,10 +121,13 @@ class QuantModule(nn.Module, ABC):
     @property
     def weight(self) -> Tensor:
         """The dequantized weight, in the dtype and shape of the float layer's."""
-        if self._dequantized is None:
-            with torch.inference_mode(False):  # the cache may serve a backward pass later
-                self._dequantized = rows_to_weight(self.quantized_weight.dequantize(), self)
-        return self._dequantized
+        if self._dequantized is not None:
+            return self._dequantized
+        with torch.inference_mode(False):  # the cache may serve a backward pass later
+            weight = rows_to_weight(self.quantized_weight.dequantize(), self)
+        if not isinstance(self.weight_codes, OnDisk):
+            self._dequantized = weight
+        return weight
 
     def release(self) -> None:
         """Keep the packed weight alone, until the next use."""
@@ -154,13 +159,7 @@ class QuantModule(nn.Module, ABC):
         weight scale over output scale, and round: done in the same order, ties fall as theirs do.
         """
         assert self.input_scale is not None
-        if self._whole is None:
-            with torch.inference_mode(False):
-                record = self.quantized_weight
-                middle = record.spec.middle if record.zero_point is None else record.zero_point
-                whole = (record.codes.to(record.scale.dtype) - middle).view(record.shape)
-                self._whole = rows_to_weight(whole, self)
-        sums = self.compute(torch.round(x / self.input_scale), self._whole, None)
+        sums = self.compute(torch.round(x / self.input_scale), self._whole_numbers(), None)
         step = (self.input_scale * self.weight_scale.flatten()).expand(self.weight_shape[0])
         shape = (-1,) if isinstance(self, QuantLinear) else (-1, 1, 1)
         if self.bias is not None:
@@ -169,6 +168,19 @@ class QuantModule(nn.Module, ABC):
         if self.output_scale is None:
             return sums * step.view(shape)
         return (sums * (step / self.output_scale).view(shape)).round_() * self.output_scale
+
+    def _whole_numbers(self) -> Tensor:
+        """The weight in units of its scale."""
+        if self._whole is not None:
+            return self._whole
+        with torch.inference_mode(False):
+            record = self.quantized_weight
+            middle = record.spec.middle if record.zero_point is None else record.zero_point
+            codes = (record.codes.to(record.scale.dtype) - middle).view(record.shape)
+            whole = rows_to_weight(codes, self)
+        if not isinstance(self.weight_codes, OnDisk):
+            self._whole = whole
+        return whole
 
     def extra_repr(self) -> str:
         return f"{self.weight_shape}, weight {self.weight_spec}"
@@ -297,5 +309,5 @@ def _keep_from_fast_paths(modules: Sequence[nn.Module], layer: nn.Module) -> Non
 
 def state_bytes(module: nn.Module) -> int:
     """Bytes of the parameters and persistent buffers of a model; shared tensors count once."""
-    unique = {(tensor.data_ptr(), tensor.nbytes) for tensor in module.state_dict().values()}
+    unique = {(identity(tensor), tensor.nbytes) for tensor in module.state_dict().values()}
     return sum(size for _, size in unique)

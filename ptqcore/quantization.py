@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ptqcore import audit, finite
+from ptqcore import audit, files, finite
 from ptqcore.activation_audit import CountClipped, between_record, input_records
 from ptqcore.allocator import give_freed_memory_back
 from ptqcore.biases import round_biases
@@ -17,6 +17,7 @@ from ptqcore.dataflow import inside
 from ptqcore.distributed import Share, on_this_machine
 from ptqcore.edges import ActivationQuantizers, TensorFunction
 from ptqcore.journal import BlockResult, Journal
+from ptqcore.memory_left import free_memory
 from ptqcore.meter import Meter
 from ptqcore.midway import Midway
 from ptqcore.modules import QuantModule
@@ -29,7 +30,7 @@ from ptqcore.report.record import BlockRecord, RunRecord
 from ptqcore.seeding import seed
 from ptqcore.spans import SpanWalk
 from ptqcore.step import Step
-from ptqcore.store import Store, half_of_memory
+from ptqcore.store import ACTIVATIONS, Store
 from ptqcore.task import Task
 from ptqcore.timesteps import Moment, at
 from ptqcore.walk import BlockIO, Walk
@@ -146,7 +147,9 @@ class Quantization:
         }
         forward = partial(self.task.forward, model)
         budget = self.plan.recipe.memory_gib
-        size = half_of_memory() if budget is None else round(budget * 2**30)
+        size = free_memory() // 2 if budget is None else round(budget * 2**30)
+        for left in self.folder.glob(f"{ACTIVATIONS}*"):  # by a run that was killed
+            files.remove(left)
         store = Store(size // on_this_machine(), self.folder)
         return Walk(blocks, self._samples, forward, between, exact, store, own, share)
 

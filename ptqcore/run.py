@@ -27,6 +27,7 @@ from ptqcore.fingerprint import differences, fingerprint, versions
 from ptqcore.journal import Journal
 from ptqcore.meter import Meter
 from ptqcore.modules import state_bytes
+from ptqcore.on_disk import is_on_disk
 from ptqcore.plan import Plan, make_plan
 from ptqcore.plugin import Registry, discover
 from ptqcore.preparation import prepare
@@ -284,7 +285,8 @@ class _Run:
         self.record.size_bytes["after"] = (staging / artifact.MODEL_FILE).stat().st_size
         self.record.size_bytes |= table_sizes(model)
         find = self.plan.registry.attachment
-        restored = artifact.restore(staging, lambda _: self.task.build(assets), find)
+        build = self.task.build
+        restored = artifact.restore(staging, lambda _: build(assets), find, is_on_disk(model))
         sample = self.prepared.samples[0]
         with torch.no_grad():
             expected = tensors_in(self.task.forward(model, sample))

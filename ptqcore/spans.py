@@ -5,11 +5,13 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from ptqcore.allocator import give_freed_memory_back
 from ptqcore.audit import thinned
 from ptqcore.blame import blaming
 from ptqcore.edges import ActivationQuantizers
 from ptqcore.journal import BlockResult, Journal
 from ptqcore.midway import Midway
+from ptqcore.on_disk import is_on_disk, load
 from ptqcore.step import Chain, Step
 from ptqcore.walk import BlockIO, Walk
 
@@ -46,6 +48,7 @@ class SpanWalk:
         self._walk, self._ios = walk, iter(walk)
         self._steps, self._journal = steps, journal
         self._quantizers, self._quantize = quantizers, quantize
+        self._on_disk = is_on_disk(walk.blocks[0].model)
         self._size = max((step.span for step in steps), default=1)
         self._finishes = any(type(step).finish_span is not Step.finish_span for step in steps)
 
@@ -60,16 +63,29 @@ class SpanWalk:
             else:
                 yield from self._quantized(indices)
 
+    def _next(self) -> BlockIO:
+        """The inputs of the next block, which is now in memory."""
+        io = next(self._ios)
+        load(io.block.module)
+        return io
+
+    def _keep(self, index: int) -> None:
+        """Leave a finished block on disk where the others are."""
+        if self._on_disk:
+            self._journal.leave_on_disk(index, self._walk.blocks[index])
+            give_freed_memory_back()
+
     def _exact(self, io: BlockIO) -> Tensors | None:
         return io.run_tensors(exact=True) if self._walk.exact else None
 
     def _restored(self, index: int) -> BlockResult:
-        io = next(self._ios)
+        io = self._next()
         exact = self._exact(io)
         result, ranges = self._journal.restore(index, io.block)
         self._quantizers.load_state_dict(ranges, strict=False)
         io.functions = self._quantizers.functions()
         self._walk.advance(io.run_tensors(), exact)
+        self._keep(index)
         return result
 
     def _quantized(self, indices: Sequence[int]) -> list[BlockResult]:
@@ -77,7 +93,7 @@ class SpanWalk:
             self._walk.hold()
         results = []
         for index in indices:
-            io = next(self._ios)
+            io = self._next()
             exact = self._exact(io)
             midways = self._journal.midways(index)
             result, outputs = self._quantize(io, self._steps, self._quantizers, exact, midways)
@@ -91,6 +107,7 @@ class SpanWalk:
         for index, result in zip(indices, results, strict=True):
             block = self._walk.blocks[index]
             self._journal.save(index, block, result, self._quantizers.inside(block.path))
+            self._keep(index)
         return results
 
     def _finish(self, indices: Sequence[int], chain: Chain) -> list[float]:

@@ -17,6 +17,7 @@ from ptqcore.blocks import Block
 from ptqcore.dataflow import Running, Site, tensors_in
 from ptqcore.decompositions import decomposed
 from ptqcore.edges import TensorFunction
+from ptqcore.on_disk import in_memory
 from ptqcore.outline import Outline, standing_in
 from ptqcore.placement import Edge
 from ptqcore.store import Store
@@ -74,7 +75,9 @@ class Tape:
         """Args and kwargs of a node; `exact` takes the full-precision stream, `stream` any other."""
         if stream is None:
             stream = self.exact if exact else self.flowing
-        leaves = [stream[leaf.number] if isinstance(leaf, Reference) else leaf for leaf in node.leaves]
+        leaves = [
+            in_memory(stream[leaf.number]) if isinstance(leaf, Reference) else leaf for leaf in node.leaves
+        ]
         if copy:
             leaves = [
                 new.clone() if isinstance(old, Reference) else new

@@ -1,7 +1,7 @@
 """Tensors that outlive a loop: memory up to a budget, files beyond it."""
 
 import gc
-import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,12 +18,22 @@ def test_within_the_budget_a_tensor_stays_what_it_is(tmp_path):
     assert not store.in_files
 
 
-def test_beyond_the_budget_a_tensor_becomes_a_mapped_copy(tmp_path):
+def test_beyond_the_budget_a_tensor_lies_in_a_file(tmp_path):
     store, tensors = Store(2048, tmp_path), [torch.randn(2, KILOBYTE // 2) for _ in range(4)]
     kept = [store.keep(tensor) for tensor in tensors]
     assert [one is other for one, other in zip(kept, tensors, strict=True)] == [True, True, False, False]
     assert all(torch.equal(one, other) for one, other in zip(kept, tensors, strict=True))
     assert store.in_files
+
+
+def test_a_file_goes_with_its_tensor(tmp_path):
+    store = Store(0, tmp_path)
+    kept = store.keep(torch.ones(2, KILOBYTE))
+    read = kept + 1
+    del kept
+    gc.collect()
+    assert torch.equal(read, torch.full((2, KILOBYTE), 2.0))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_memory_that_is_given_back_is_used_again(tmp_path):
@@ -53,12 +63,10 @@ def test_no_file_is_left_when_the_store_is_gone(tmp_path):
 
 
 def test_a_disk_without_room_is_one_sentence(tmp_path, monkeypatch):
-    """And not the end of the process, as writing into a mapping would be."""
-
-    def full(handle, start, size):
+    def full(path, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     store = Store(0, tmp_path)
     with pytest.raises(
         ArtifactError, match=r"cannot keep activations in .*: No space left on device; free"

@@ -25,6 +25,11 @@ class CausalLMOptions(TaskOptions):
         default=models.EMBEDDED, description="folder in Hugging Face format, GGUF file, or smollm2-135m"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    stream: bool | None = Field(
+        default=None,
+        description="leave the weights of a folder on disk, only a block of them in memory; null: where "
+        "they would take more than half of the free memory",
+    )
     text: str = Field(default=SELF, description="text to evaluate on")
     window: int = Field(default=512, ge=2, description="tokens per evaluated window")
     max_windows: int | None = Field(default=32, ge=1, description="windows evaluated at most; null for all")
@@ -64,7 +69,8 @@ class CausalLM(Task):
 
     def load_model(self) -> nn.Module:
         """The model; texts are read and cut too, so that a wrong one is known before the work begins."""
-        return self.use(models.load(self.options.model, getattr(torch, self.options.dtype)))
+        options = self.options
+        return self.use(models.load(options.model, getattr(torch, options.dtype), stream=options.stream))
 
     def use(self, loaded: models.LanguageModel) -> nn.Module:
         """Take a model that is loaded already; for the rest as `load_model`."""

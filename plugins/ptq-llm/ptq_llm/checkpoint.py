@@ -21,6 +21,7 @@ from ptqcore import (
     QuantSection,
     Task,
     Verification,
+    in_memory,
     one_sentence,
     read_json,
     write_tensors,
@@ -215,7 +216,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def difference(stored: Array, tensor: Tensor) -> float:
     """Largest absolute difference; infinite where only one of the two is NaN."""
-    ours = tensor.detach().cpu()
+    ours = in_memory(tensor).detach().cpu()
     if ours.is_floating_point() and ours.dtype != torch.float64:
         ours = ours.float()
     left, right = stored.reshape(-1), ours.numpy().reshape(-1)

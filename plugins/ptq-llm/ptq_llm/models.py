@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from ptq_llm.gguf_check import check_gguf
+from ptq_llm.streamed import is_too_large, stream_folder
 from ptq_llm.unify import unify
 
 # Nothing is downloaded, and no code that lies beside a model is run (`auto_map` of config.json).
@@ -61,7 +62,9 @@ class Outline:
     tokenizer: Any
 
 
-def load(source: str, dtype: torch.dtype, kind: Any = AutoModelForCausalLM) -> LanguageModel:
+def load(
+    source: str, dtype: torch.dtype, kind: Any = AutoModelForCausalLM, stream: bool | None = False
+) -> LanguageModel:
     """Load a model from local files only.
 
     Args:
@@ -71,12 +74,18 @@ def load(source: str, dtype: torch.dtype, kind: Any = AutoModelForCausalLM) -> L
         dtype: dtype of the weights in memory.
         kind: the class of transformers that loads it: `AutoModelForCausalLM`, or `AutoModel` for
             encoders.
+        stream: leave the weights of a folder on disk, where they are read at each use; None: where they
+            would take more than half of the free memory.
 
     Raises:
         ModelError: if there is no such model, or its files are damaged or incomplete.
     """
     _quiet()
     path = locate(source)
+    if stream or (stream is None and path.is_dir() and is_too_large(path, dtype)):
+        known = _outline_folder(path)
+        _refuse_quantized(path, known.config)
+        return LanguageModel(stream_folder(path, known.config, dtype, kind), known.tokenizer)
     loaded = _load_folder(path, dtype, kind) if path.is_dir() else _load_gguf(path, dtype, kind)
     unify(loaded.model)
     return loaded
@@ -164,8 +173,7 @@ def _outline_folder(folder: Path) -> Outline:
 
 def _load_folder(folder: Path, dtype: torch.dtype, kind: Any) -> LanguageModel:
     known = _outline_folder(folder)
-    if getattr(known.config, "quantization_config", None):
-        raise ModelError(f"task.model {str(folder)!r} is quantized already: give the full-precision model")
+    _refuse_quantized(folder, known.config)
     try:
         with read_weights(folder).limit(f"task.model {str(folder)!r}"):
             loaded: Any = kind.from_pretrained(
@@ -194,6 +202,11 @@ def _load_folder(folder: Path, dtype: torch.dtype, kind: Any) -> LanguageModel:
             f"the first is {missing[0]}"
         )
     return LanguageModel(model.eval(), known.tokenizer)
+
+
+def _refuse_quantized(folder: Path, config: Any) -> None:
+    if getattr(config, "quantization_config", None):
+        raise ModelError(f"task.model {str(folder)!r} is quantized already: give the full-precision model")
 
 
 def _outline_gguf(path: Path) -> Outline:

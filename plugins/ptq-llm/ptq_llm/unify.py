@@ -81,6 +81,11 @@ def unify(model: Any) -> dict[str, str]:
     return report
 
 
+def needs_unifying(model: nn.Module) -> str | None:
+    """The path of the first module that `unify` would change; None if there is none."""
+    return next((path for path, module in model.named_modules() if _change(module)), None)
+
+
 Change = Callable[[Any, str, Call], str]
 
 
