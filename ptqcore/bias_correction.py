@@ -1,7 +1,7 @@
 """The step `bias-correction`: the mean error that rounding brings, taken out of the biases
 (empirical, Nagel et al., arXiv 1906.04721, appendix D)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -12,6 +12,9 @@ from ptqcore.blocks import Block
 from ptqcore.calibration import Calibration
 from ptqcore.errors import ModelError
 from ptqcore.step import Context, Step, StepOptions
+
+Call = tuple[str, Tensor, int]
+"""The path of a layer, the sum of its outputs [channels] in one call, and over how many places."""
 
 
 class BiasCorrectionOptions(StepOptions):
@@ -28,6 +31,7 @@ class BiasCorrection(Step):
     """
 
     name = "bias-correction"
+    shares_samples = True
     stage = "correct"
     Options: ClassVar[type[StepOptions]] = BiasCorrectionOptions
     options: BiasCorrectionOptions
@@ -60,15 +64,24 @@ def output_means(calibration: Calibration, paths: Iterable[str], exact: bool = F
         paths: the layers.
         exact: whether the inputs come from the full-precision model.
     """
-    model = calibration.block.model
-    means: dict[str, _Mean] = {}
+    model, io = calibration.block.model, calibration.io
+    calls: list[Call] = []
+
+    def of_samples() -> Iterator[list[Call]]:
+        for sample in range(len(io)):
+            calls.clear()
+            io.run_sample(sample, exact)
+            yield list(calls)
+
     handles = []
     for path in paths:
-        hook = partial(_note, means, path)
+        hook = partial(_note, calls, path)
         handles.append(model.get_submodule(path).register_forward_hook(hook))
+    means: dict[str, _Mean] = {}
     try:
-        for _ in calibration.io.run(exact):
-            pass
+        for of_sample in calibration.share.in_order(of_samples()):
+            for path, total, count in of_sample:
+                means.setdefault(path, _Mean()).update(total, count)
     finally:
         for handle in handles:
             handle.remove()
@@ -80,16 +93,16 @@ class _Mean:
         self._sum: Any = 0.0
         self._count = 0
 
-    def update(self, x: Tensor, channel: int) -> None:
-        rows = x.movedim(channel, -1).flatten(0, -2)
-        self._sum = self._sum + rows.sum(0, dtype=torch.float64)
-        self._count += len(rows)
+    def update(self, total: Tensor, count: int) -> None:
+        self._sum = self._sum + total
+        self._count += count
 
     @property
     def value(self) -> Tensor:
         return self._sum / max(self._count, 1)
 
 
-def _note(means: dict[str, _Mean], path: str, layer: nn.Module, args: Any, output: Tensor) -> None:
+def _note(calls: list[Call], path: str, layer: nn.Module, args: Any, output: Tensor) -> None:
     linear = hasattr(layer, "in_features")
-    means.setdefault(path, _Mean()).update(output, -1 if linear else 1)
+    rows = output.movedim(-1 if linear else 1, -1).flatten(0, -2)
+    calls.append((path, rows.sum(0, dtype=torch.float64), len(rows)))

@@ -1,6 +1,5 @@
 """What the calibration samples say about one block: collected in one pass, shared by all steps."""
 
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property, partial
@@ -196,27 +195,36 @@ class Calibration:
     def record(
         self, paths: Iterable[str], exact: bool = False, outputs: bool = False
     ) -> dict[str, list[Tensor]]:
-        """What flows into, or out of, layers of the block as it now is, call by call over all samples.
+        """What flows into, or out of, layers of the block as it now is, call by call over the samples.
 
         Args:
             paths: the layers.
             exact: take the block's inputs from the full-precision model, and round no activations.
             outputs: record what the layers return, not what they read.
         """
-        found: dict[str, list[Tensor]] = defaultdict(list)
+        found = self.record_by_sample(paths, exact, outputs)
+        return {path: [x for of_sample in samples for x in of_sample] for path, samples in found.items()}
+
+    def record_by_sample(
+        self, paths: Iterable[str], exact: bool = False, outputs: bool = False
+    ) -> dict[str, list[list[Tensor]]]:
+        """As `record`, of every layer, with the calls of each sample together."""
+        found: dict[str, list[list[Tensor]]] = {path: [] for path in paths}
 
         def hook(path: str) -> Callable[..., None]:
             def note(_: nn.Module, args: Any, result: Tensor) -> None:
-                found[path].append(self.io.store.keep((result if outputs else args[0]).clone()))
+                found[path][-1].append(self.io.store.keep((result if outputs else args[0]).clone()))
 
             return note
 
         io, model = self.io, self.block.model
-        handles = [model.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
+        handles = [model.get_submodule(path).register_forward_hook(hook(path)) for path in found]
         functions, io.functions = io.functions, {} if exact else io.functions
         try:
-            for _ in io.run(exact):
-                pass
+            for sample in range(len(io)):
+                for calls in found.values():
+                    calls.append([])
+                io.run_sample(sample, exact)
         finally:
             io.functions = functions
             for handle in handles:

@@ -39,6 +39,7 @@ class Equalize(Step):
     """
 
     name = "equalize"
+    shares_samples = True
     stage = "transform"
     data_free = True
     Options: ClassVar[type[StepOptions]] = EqualizeOptions

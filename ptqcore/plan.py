@@ -17,7 +17,7 @@ from ptqcore.observers.per_timestep import PerTimestep
 from ptqcore.plugin import CORE, Registry, discover
 from ptqcore.recipe import Entry, Recipe, TensorQuant, read_recipe, validate
 from ptqcore.rounding import Round
-from ptqcore.step import Context, Sharing, Stage, Step, StepOptions, sharing_of
+from ptqcore.step import Context, Stage, Step, StepOptions, shares_samples
 from ptqcore.task import Task, TaskOptions
 
 _DOES = {
@@ -59,10 +59,9 @@ class Plan:
         return Recipe.model_validate(self.recipe.model_dump() | changed)
 
     @property
-    def sharing(self) -> Sharing:
-        """How processes can share the calibration samples: as the step that can the least."""
-        found = {sharing_of(kind) for kind, _ in self.step_classes}
-        return "none" if "none" in found else "averaged" if "averaged" in found else "exact"
+    def needing_all_samples(self) -> list[str]:
+        """The names of the steps for which every process must have all samples."""
+        return [kind.name for kind, _ in self.step_classes if not shares_samples(kind)]
 
     @property
     def baseline(self) -> "Plan":

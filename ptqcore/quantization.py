@@ -52,7 +52,7 @@ class Quantization:
         """
         self.plan, self.task, self.prepared = plan, task, prepared
         self.record, self.meter, self.folder = record, meter, folder
-        self._share = Share.of(len(prepared.samples), plan.sharing != "none")
+        self._share = Share.of(len(prepared.samples), not plan.needing_all_samples)
         self._samples = [prepared.samples[number] for number in self._share.numbers]
         self._masks = [task.mask(sample) for sample in self._samples]
 

@@ -3,16 +3,24 @@
 One loop serves three methods. AdaRound (arXiv 2004.10568) reconstructs single layers with activations
 in full precision; BRECQ (arXiv 2102.05426) does so for whole blocks; QDrop (arXiv 2203.05740) rounds
 each activation with a probability, and learns the activation steps at the same time.
+
+Several processes compute a part of every batch each, and add up the gradients: all have the same variables
+after every update, and as many updates of as many samples are made as by one.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
+from ptqcore import distributed
+from ptqcore.errors import DistributedError
+from ptqcore.fingerprint import digest_of
 from ptqcore.midway import Midway
 from ptqcore.quantizers import LearnedBias, LearnedCodes, LearnedRounding, LearnedStep, LearnedWeight
 
@@ -95,6 +103,11 @@ class Problem:
     midway: Midway | None = None
     history: list[float] = field(default_factory=list)
 
+    @property
+    def learned(self) -> list[LearnedWeight | LearnedStep | LearnedBias]:
+        """All that is learned."""
+        return [*self.weights, *self.steps]
+
 
 def reconstruct(problem: Problem, schedule: Schedule, generator: torch.Generator) -> None:
     """Minimise a problem's loss over its variables; `history` gets the loss of each update.
@@ -105,6 +118,7 @@ def reconstruct(problem: Problem, schedule: Schedule, generator: torch.Generator
 
     Raises:
         FloatingPointError: if the loss is not finite.
+        DistributedError: if processes have come to different variables.
     """
     optimizer = _optimizer(problem, schedule)
     if optimizer is None:
@@ -125,6 +139,7 @@ def reconstruct(problem: Problem, schedule: Schedule, generator: torch.Generator
         loss = _accumulate(problem, schedule.batch, generator)
         for weight in problem.weights:
             weight.end()
+        _add_gradients(problem)
         if regulariser.begins(iteration):
             generator.set_state(drawn)
             regulariser.calibrate(loss, _decided_loss(problem, schedule.batch, generator))
@@ -141,6 +156,7 @@ def reconstruct(problem: Problem, schedule: Schedule, generator: torch.Generator
         if iteration + 1 < schedule.iterations:
             state.keep()
     best.restore()
+    _check_same(problem)
 
 
 def _optimizer(problem: Problem, schedule: Schedule) -> torch.optim.Optimizer | None:
@@ -162,19 +178,68 @@ def _cosine(share: float) -> float:
 
 
 def _accumulate(problem: Problem, batch: int, generator: torch.Generator) -> float:
-    """Gradients of the loss of one random batch; the loss."""
+    """Gradients of the loss of one random batch, as far as this process computes them; the loss."""
     order = torch.randperm(len(problem.samples), generator=generator)[:batch].tolist()
+    mine = _part(order)
     total = 0.0
-    for start in range(0, len(order), problem.at_once):
-        chosen = [problem.samples[place] for place in order[start : start + problem.at_once]]
-        loss = problem.objective.loss(problem.predict(chosen), problem.target(chosen), chosen)
-        loss = loss * (len(chosen) / len(order))
-        if torch.is_grad_enabled():
-            loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
+    with _own_numbers(generator):
+        for start in range(0, len(mine), problem.at_once):
+            chosen = [problem.samples[place] for place in mine[start : start + problem.at_once]]
+            loss = problem.objective.loss(problem.predict(chosen), problem.target(chosen), chosen)
+            loss = loss * (len(chosen) / len(order))
+            if torch.is_grad_enabled():
+                loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+    total = sum(distributed.everywhere(total))
     if not math.isfinite(total):
         raise FloatingPointError(f"the reconstruction loss of block {problem.name!r} is {total}")
     return total
+
+
+def _part(order: list[int]) -> list[int]:
+    """What this process computes of a batch."""
+    rank, size = distributed.rank() if distributed.size() > 1 else 0, distributed.size()
+    return order[len(order) * rank // size : len(order) * (rank + 1) // size]
+
+
+@contextmanager
+def _own_numbers(generator: torch.Generator) -> Iterator[None]:
+    """Draw other numbers in every process; afterwards the generator is the same in all of them again."""
+    if distributed.size() == 1:
+        yield
+        return
+    state = generator.get_state()
+    generator.manual_seed(crc32(state.numpy().tobytes()) + distributed.rank())
+    yield
+    generator.set_state(state)
+
+
+def _add_gradients(problem: Problem) -> None:
+    """Add up the gradients of all processes."""
+    if distributed.size() == 1:
+        return
+    gradients = []
+    for variable in (learned.variable for learned in problem.learned):
+        if variable.grad is None:
+            variable.grad = torch.zeros_like(variable)
+        gradients.append(variable.grad)
+    distributed.add_up(gradients)
+
+
+def _check_same(problem: Problem) -> None:
+    """Make sure that all processes have learned the same, bit by bit.
+
+    Raises:
+        DistributedError: if they have not.
+    """
+    if distributed.size() == 1:
+        return
+    digest = digest_of([learned.variable for learned in problem.learned])
+    if len(set(distributed.everywhere(digest))) > 1:
+        raise DistributedError(
+            f"the processes have learned different variables for {problem.name!r}: run all of them on "
+            "machines of one kind, with as many threads each"
+        )
 
 
 @torch.no_grad()
@@ -212,7 +277,7 @@ class _Best:
 
     @torch.no_grad()
     def _judge(self) -> None:
-        for learned in self._learned():
+        for learned in self._problem.learned:
             learned.decide()
         score = self._problem.objective.judge()
         if score <= self.score or not self.state:
@@ -220,10 +285,7 @@ class _Best:
             self.state = [variable.clone() for variable in self.variables()]
 
     def variables(self) -> list[Tensor]:
-        return [learned.variable for learned in self._learned()]
-
-    def _learned(self) -> list[LearnedWeight | LearnedStep | LearnedBias]:
-        return [*self._problem.weights, *self._problem.steps]
+        return [learned.variable for learned in self._problem.learned]
 
 
 class _State:
@@ -267,7 +329,7 @@ class _State:
     def go_on(self) -> int:
         """Take up what another process has written, if any; how many updates that had made."""
         found = None if self._problem.midway is None else self._problem.midway.read()
-        if found is None:
+        if not all(distributed.everywhere(found is not None)) or found is None:
             return 0
         tensors, values = found
         for place, variable in enumerate(self._variables):

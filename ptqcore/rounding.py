@@ -16,7 +16,7 @@ class Round(Step):
     name = "round"
     stage = "quantize"
     data_free = True
-    sharing = "exact"
+    shares_samples = True
 
     def block(self, block: Block, calibration: Calibration) -> None:
         layers = self.context.targets(block)

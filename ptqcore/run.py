@@ -38,7 +38,6 @@ from ptqcore.report.page import render
 from ptqcore.report.record import ExportRecord, RunRecord
 from ptqcore.restoring import restored
 from ptqcore.seeding import put_back, seed
-from ptqcore.step import sharing_of
 from ptqcore.tables import table_sizes
 from ptqcore.task import Judged, Task
 from ptqcore.version import __version__
@@ -175,7 +174,7 @@ class _Run:
             self.record.before = self._measure("full precision")
         recipe = self.plan.resolved.model_dump(mode="json")
         self.marks = fingerprint(recipe, self.record.versions, model, samples)
-        if self.plan.sharing == "averaged":
+        if self.plan.needing_all_samples:  # what is learned depends a little on it
             self.marks["number of processes"] = str(distributed.size())
         self._check_alike()
         self.journal = self._journal(self.output / WORK)
@@ -229,11 +228,11 @@ class _Run:
                 f"{processes} processes cannot share {samples} calibration samples: start at most "
                 f"{samples} (torchrun --nproc-per-node), or use more samples"
             )
-        alone = [kind.name for kind, _ in self.plan.step_classes if sharing_of(kind) == "none"]
-        if processes > 1 and alone:
+        names = self.plan.needing_all_samples
+        if processes > 1 and names:
             say(
-                f"{processes} processes: {' and '.join(alone)} cannot share calibration samples, so every "
-                "process computes all of them, and little is gained"
+                f"{processes} processes: every one computes all calibration samples, for "
+                f"{' and '.join(names)}; updates of what is learned, and layers, are divided"
             )
 
     def _check_alike(self) -> None:

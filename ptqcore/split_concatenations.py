@@ -21,6 +21,7 @@ class SplitConcatenations(Step):
     """
 
     name = "split-concatenations"
+    shares_samples = True
     stage = "range"
 
     def prepare(self, model: nn.Module, flow: Dataflow, run: Callable[[], object]) -> None:

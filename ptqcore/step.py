@@ -25,11 +25,6 @@ Stage = Literal["transform", "range", "quantize", "correct"]
 stays, choose the ranges of weights, quantize, correct what quantization did."""
 
 
-Sharing = Literal["none", "exact", "averaged"]
-"""What becomes of a step where processes share the calibration samples out: it cannot be done; its result
-is the same; gradients are averaged, so that the result depends a little on the number of processes."""
-
-
 @dataclass(frozen=True)
 class Chain:
     """Several blocks in a row, as one function of a calibration sample's number.
@@ -81,9 +76,9 @@ class Context:
         }
 
 
-def sharing_of(step: type["Step"]) -> Sharing:
-    """How processes can share samples for a step: what its own class says, for a subclass may read more."""
-    return vars(step).get("sharing", "none")
+def shares_samples(step: type["Step"]) -> bool:
+    """What a step's own class says of it: a subclass may read more."""
+    return vars(step).get("shares_samples", False)
 
 
 def reason_to_skip(path: str, quant: QuantSection, excluded: dict[str, str]) -> str | None:
@@ -120,11 +115,12 @@ class Step:
     """Whether a step that quantizes leaves layers to the next one."""
     data_free: ClassVar[bool] = False
     """Whether the step needs no calibration samples."""
-    sharing: ClassVar[Sharing] = "none"
-    """How the step works where every process has a share of the samples (`Calibration.share`). Grams,
-    observers and ranges are those of all samples; outputs of the block and what `calibration.record`
-    finds are those of the share, so that a step which reads them must exchange them. Subclasses do not
-    inherit it."""
+    shares_samples: ClassVar[bool] = False
+    """Whether the step comes to the same result where every process has a part of the samples
+    (`Calibration.share`). Grams, observers and ranges are always those of all samples; `calibration.io` and
+    what `calibration.record` finds are of the part, so that a step that reads them must exchange what it
+    makes of them. Subclasses do not inherit it. If one step of a recipe does not share, every process has
+    all samples, and steps need to know nothing of processes."""
     needs_exact: bool = False
     """Whether `block` reads the inputs from the full-precision model, `calibration.io.run(exact=True)`."""
     attaches: str = ""

@@ -6,8 +6,10 @@ add up from block to block. With x from the full-precision model, the least squa
 al., arXiv 2504.02692, section 4.1, solved for the whole weight before it is rounded).
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from typing import ClassVar
 
 import torch
@@ -17,6 +19,11 @@ from torch import Tensor, nn
 from ptq_llm.rescale import set_parameter
 from ptq_llm.sequence import in_sequence
 from ptqcore import Block, Calibration, Dataflow, Step, StepOptions
+
+_PANEL = 256  # columns of a product that one process adds up
+
+Recorded = list[list[Tensor]]
+"""What a layer reads, call by call, for every sample of this process."""
 
 
 class AsymmetricCalibrationOptions(StepOptions):
@@ -31,6 +38,7 @@ class AsymmetricCalibration(Step):
     still computes in full precision; layers that no token reaches stay as they are."""
 
     name = "asymmetric-calibration"
+    shares_samples = True
     Options: ClassVar[type[StepOptions]] = AsymmetricCalibrationOptions
     options: AsymmetricCalibrationOptions
     stage = "transform"
@@ -44,17 +52,18 @@ class AsymmetricCalibration(Step):
         targets = self.context.targets(block)
         stages = [self._sharing(calibration, paths) for paths in in_sequence(self._flow, block, targets)]
         calibration.changed()  # so that no Gram is kept meanwhile
-        exact = calibration.record([paths[0] for stage in stages for paths in stage], exact=True)
+        every = [paths[0] for stage in stages for paths in stage]
+        exact = calibration.record_by_sample(every, exact=True)
         for stage in stages:
-            inputs = calibration.record([paths[0] for paths in stage])
+            inputs = calibration.record_by_sample([paths[0] for paths in stage])
             for paths in stage:
-                wanted, found = exact.pop(paths[0], []), inputs.pop(paths[0], [])
-                if not _same_tokens(wanted, found):
+                wanted, found = exact.pop(paths[0]), inputs.pop(paths[0])
+                if not _same_shapes(calibration, wanted, found):
                     continue
                 layers = [targets[path] for path in paths]
                 weights = [layer.get_parameter("weight").data for layer in layers]
-                gram = products(calibration, found, found)
-                difference = products(calibration, wanted, found).sub_(gram)
+                difference, gram = products(calibration, wanted, found)
+                difference -= gram
                 del wanted, found
                 changes = corrections(weights, gram, difference, self.options.damping)
                 del gram, difference
@@ -70,19 +79,47 @@ class AsymmetricCalibration(Step):
         return list(found.values())
 
 
-def _same_tokens(exact: list[Tensor], inputs: list[Tensor]) -> bool:
-    """Whether the same tokens came in both streams (a router may send others to an expert)."""
-    shapes = [[x.shape for x in stream] for stream in (exact, inputs)]
-    return shapes[0] == shapes[1] and sum(x.numel() for x in inputs) > 0
+def _same_shapes(calibration: Calibration, exact: Recorded, inputs: Recorded) -> bool:
+    """Whether tokens came, and as many in both streams (a router may send others to an expert)."""
+    found = ([[list(x.shape) for x in calls] for calls in pair] for pair in zip(exact, inputs, strict=True))
+    shapes = list(calibration.share.in_order(found))
+    reached = any(math.prod(shape) for _, calls in shapes for shape in calls)
+    return reached and all(one == other for one, other in shapes)
 
 
-def products(calibration: Calibration, one: list[Tensor], other: list[Tensor]) -> Tensor:
-    """XᵀX̂ [channels, channels] over the tokens that count, of all samples."""
-    channels = one[0].shape[-1]
-    total = torch.zeros(channels, channels, device=one[0].device)
-    for sample, (x, y) in enumerate(zip(one, other, strict=True)):
-        total.addmm_(calibration.counted(x, sample).float().T, calibration.counted(y, sample).float())
-    return total
+def products(calibration: Calibration, exact: Recorded, inputs: Recorded) -> list[Tensor]:
+    """XᵀX̂ and X̂ᵀX̂ [channels, channels] over the tokens that count, of all samples.
+
+    Processes that share samples add up some columns each, in the order of samples.
+
+    Args:
+        calibration: of the block.
+        exact: X, for every sample of this process.
+        inputs: X̂, for the same.
+    """
+    share = calibration.share
+
+    def pairs() -> Iterator[list[tuple[Tensor, Tensor]]]:
+        for sample, calls in enumerate(zip(exact, inputs, strict=True)):
+            both = ([calibration.counted(x, sample).float() for x in stream] for stream in calls)
+            yield list(zip(*both, strict=True))
+
+    sums: dict[tuple[int, int], Tensor] = {}
+    for of_sample in share.in_order(pairs()):
+        for pair in of_sample:
+            channels = pair[1].shape[1]
+            panels = [(which, start) for which in range(2) for start in range(0, channels, _PANEL)]
+            for which, start in panels[share.rank :: share.ranks]:
+                x, y = pair[which], pair[1][:, start : start + _PANEL]
+                if (which, start) not in sums:
+                    sums[which, start] = x.new_zeros(channels, y.shape[1])
+                sums[which, start].addmm_(x.T, y)
+    for others in share.everywhere(sums):
+        sums |= others
+    return [
+        torch.cat([part for (at, _), part in sorted(sums.items(), key=itemgetter(0)) if at == which], 1)
+        for which in range(2)
+    ]
 
 
 def corrections(

@@ -33,6 +33,7 @@ class AWQ(ScaleStep):
     """s = mean|X|^ρ per channel, normalised to √(max s · min s) = 1; ρ by search (section 3.2)."""
 
     name = "awq"
+    shares_samples = True
     Options: ClassVar[type[StepOptions]] = AWQOptions
     options: AWQOptions
 
@@ -43,7 +44,7 @@ class AWQ(ScaleStep):
         count = self.options.ratios
         candidates = [powers(statistics.magnitude, index / count) for index in range(count)]
         loss = GramLoss(objective, self.context) if gram else objective.loss
-        return coarse_to_fine(candidates, _STRIDE, loss)
+        return coarse_to_fine(candidates, _STRIDE, loss, apart=gram)
 
 
 class GramLoss:

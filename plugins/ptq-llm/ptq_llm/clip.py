@@ -22,6 +22,7 @@ from ptqcore import (
     Step,
     StepOptions,
     check_globs,
+    divided,
     grid,
     weight_rows,
 )
@@ -184,6 +185,7 @@ class Clip(Step):
     """
 
     name = "clip"
+    shares_samples = True
     stage = "range"
     Options: ClassVar[type[StepOptions]] = ClipOptions
     options: ClipOptions
@@ -197,19 +199,26 @@ class Clip(Step):
         check_globs("steps.clip.exclude", self.options.exclude, model)
 
     def block(self, block: Block, calibration: Calibration) -> None:
-        options = self.options
-        for path, layer in self.context.targets(block).items():
-            gram = calibration.gram(path)
-            if gram is None or any(fnmatchcase(path, glob) for glob in options.exclude):
-                continue
-            spec = self.context.grids.weights(path).spec
-            low, high = clip(
-                weight_rows(layer),
-                gram.matrix,
-                *calibration.weight_range(path, layer),
+        layers = self.context.targets(block)
+        grams = {
+            path: gram
+            for path in layers
+            if (gram := calibration.gram(path)) is not None
+            if not any(fnmatchcase(path, glob) for glob in self.options.exclude)
+        }
+
+        def search(path: str) -> Range:
+            spec, options = self.context.grids.weights(path).spec, self.options
+            return clip(
+                weight_rows(layers[path]),
+                grams[path].matrix,
+                *calibration.weight_range(path, layers[path]),
                 spec,
                 options.two_sided(spec),
                 options.candidates,
                 options.shrink,
             )
+
+        found = divided(list(grams), search, lambda path: weight_rows(layers[path]).numel())
+        for path, (low, high) in zip(grams, found, strict=True):
             calibration.set_weight_range(path, low, high)

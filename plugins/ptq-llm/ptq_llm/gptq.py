@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -25,12 +26,14 @@ from ptqcore import (
     QuantSpec,
     Step,
     StepOptions,
+    divided,
     grid,
     say,
     weight_rows,
 )
 
 Range = tuple[Tensor, Tensor]
+Tensors = tuple[Tensor, Tensor, Tensor | None]
 
 
 def gptq(
@@ -128,6 +131,7 @@ class GPTQ(Step):
     """
 
     name = "gptq"
+    shares_samples = True
     stage = "quantize"
     Options: ClassVar[type[StepOptions]] = GPTQOptions
     options: GPTQOptions
@@ -150,10 +154,15 @@ class GPTQ(Step):
             sharing: dict[Gram | None, list[str]] = defaultdict(list)
             for path in paths:
                 sharing[calibration.gram(path)].append(path)
-            for gram, together in sharing.items():
-                factor = self._factor(gram, together)
-                for alike in self._alike(block, together):
-                    self._quantize(block, calibration, alike, factor)
+            groups = list(sharing.items())
+            solve, cost = partial(self._solve, block, calibration), partial(self._cost, block)
+            found = divided(groups, solve, cost)
+            for (gram, together), (reason, records) in zip(groups, found, strict=True):
+                self._note(gram, together, reason)
+                for path in together:
+                    spec, layer = self.context.grids.weights(path).spec, block.model.get_submodule(path)
+                    record = QuantizedTensor(*records[path], spec, tuple(weight_rows(layer).shape))
+                    self.quantize_layer(block, calibration, path, record)
 
     def finish(self, model: nn.Module) -> None:
         """Say which layers were rounded to nearest, and where calibration was too short."""
@@ -172,37 +181,54 @@ class GPTQ(Step):
             found[self.context.grids.weights(path).spec, dtype].append(path)
         return list(found.values())
 
-    def _factor(self, gram: Gram | None, paths: Sequence[str]) -> Factor | None:
-        """The factor of the Gram of some layers; None, and noted, where there is none."""
-        reason = "its inputs have no Gram: it is not linear, or no calibration token reached it"
+    def _solve(
+        self, block: Block, calibration: Calibration, group: tuple[Gram | None, list[str]]
+    ) -> tuple[str | None, dict[str, Tensors]]:
+        """Layers with the same inputs quantized, and why they were rounded to nearest, if they were."""
+        gram, paths = group
+        factor, reason = self._factor(gram)
+        found: dict[str, Tensors] = {}
+        for alike in self._alike(block, paths):
+            records = self._quantized(block, calibration, alike, factor)
+            found |= {path: record.tensors for path, record in zip(alike, records, strict=True)}
+        return reason, found
+
+    def _cost(self, block: Block, group: tuple[Gram | None, list[str]]) -> float:
+        """How much work that is, in multiplications."""
+        gram, paths = group
+        weights = [weight_rows(block.model.get_submodule(path)) for path in paths]
+        channels = 0 if gram is None else len(gram.matrix)
+        rows = sum(len(weight) for weight in weights) * self.options.tries
+        return channels**2 * (channels + rows) + sum(weight.numel() for weight in weights)
+
+    def _factor(self, gram: Gram | None) -> tuple[Factor | None, str | None]:
+        """The factor of a Gram, or why there is none; the Gram is shrunk where it is of too few tokens."""
+        if gram is None or not gram.count:
+            return None, "its inputs have no Gram: it is not linear, or no calibration token reached it"
+        matrix = gram.matrix
+        if too_few_tokens(gram.count, len(matrix)) is not None:
+            matrix = shrunk(matrix, gram.count)
+        factor = factorize(matrix, self.options.damping, self.options.act_order)
+        return factor, "the Gram of its inputs is not finite" if factor is None else None
+
+    def _note(self, gram: Gram | None, paths: Sequence[str], reason: str | None) -> None:
+        """Keep what is said at the end."""
         if gram is not None and gram.count:
-            factor = factorize(self._believed(gram, paths), self.options.damping, self.options.act_order)
-            if factor is not None:
-                return factor
-            reason = "the Gram of its inputs is not finite"
-        self._rounded.update(dict.fromkeys(paths, reason))
-        return None
+            channels = len(gram.matrix)
+            sentence = too_few_tokens(gram.count, channels)
+            if sentence is not None:
+                self._short = min(self._short, (gram.count / channels, paths[0], sentence))
+        if reason is not None:
+            self._rounded.update(dict.fromkeys(paths, reason))
 
-    def _believed(self, gram: Gram, paths: Sequence[str]) -> Tensor:
-        """The Gram, shrunk where it is of too few tokens: the worst case is said at the end."""
-        channels = len(gram.matrix)
-        sentence = too_few_tokens(gram.count, channels)
-        if sentence is None:
-            return gram.matrix
-        self._short = min(self._short, (gram.count / channels, paths[0], sentence))
-        return shrunk(gram.matrix, gram.count)
-
-    def _quantize(
+    def _quantized(
         self, block: Block, calibration: Calibration, paths: Sequence[str], factor: Factor | None
-    ) -> None:
-        """Quantize layers with the same inputs on grids of one spec."""
+    ) -> list[QuantizedTensor]:
+        """Layers with the same inputs quantized on grids of one spec."""
         spec = self.context.grids.weights(paths[0]).spec
         layers = [block.model.get_submodule(path) for path in paths]
         weights = [weight_rows(layer).detach() for layer in layers]
         ranges = [calibration.weight_range(path, layer) for path, layer in zip(paths, layers, strict=True)]
         if factor is None:
-            found = _rounded(weights, ranges, spec)
-        else:
-            found = gptq(weights, ranges, spec, factor, self.options.tries, self.options.refit)
-        for path, record in zip(paths, found, strict=True):
-            self.quantize_layer(block, calibration, path, record)
+            return _rounded(weights, ranges, spec)
+        return gptq(weights, ranges, spec, factor, self.options.tries, self.options.refit)

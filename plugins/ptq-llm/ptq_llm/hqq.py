@@ -18,6 +18,7 @@ from ptqcore import (
     RecipeError,
     Step,
     StepOptions,
+    divided,
     grid,
     weight_rows,
 )
@@ -151,6 +152,7 @@ class HQQ(Step):
     """Ranges of weights by `half_quadratic`, for the step that quantizes."""
 
     name = "hqq"
+    shares_samples = True
     stage = "range"
     data_free = True
     Options: ClassVar[type[StepOptions]] = HQQOptions
@@ -165,8 +167,13 @@ class HQQ(Step):
             )
 
     def block(self, block: Block, calibration: Calibration) -> None:
-        options = self.options.model_dump()
-        for path, layer in self.context.targets(block).items():
-            spec = self.context.grids.weights(path).spec
+        options, layers = self.options.model_dump(), self.context.targets(block)
+
+        def fit(path: str) -> tuple[Tensor, Tensor]:
+            layer, spec = layers[path], self.context.grids.weights(path).spec
             weight, ends = weight_rows(layer).flatten(1), calibration.weight_range(path, layer)
-            calibration.set_weight_range(path, *half_quadratic(weight, *ends, spec, **options))
+            return half_quadratic(weight, *ends, spec, **options)
+
+        found = divided(list(layers), fit, lambda path: weight_rows(layers[path]).numel())
+        for path, ends in zip(layers, found, strict=True):
+            calibration.set_weight_range(path, *ends)

@@ -44,6 +44,7 @@ class MixedBits(Step):
     """
 
     name = "mixed-bits"
+    shares_samples = True
     stage = "range"
     Options: ClassVar[type[StepOptions]] = MixedBitsOptions
     options: MixedBitsOptions

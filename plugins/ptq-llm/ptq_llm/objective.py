@@ -7,7 +7,7 @@ eq. 7). Layers that nothing in the block reads are compared by their own outputs
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -41,7 +41,8 @@ class _Reached(Exception):  # noqa: N818 - a signal that ends a forward pass, no
 class Objective:
     """Σ over what is compared of ‖y′ − y‖² / ‖y‖², over all tokens of all calibration samples that count.
 
-    The samples come from the quantized prefix, through the block as it is at the first loss.
+    The samples come from the quantized prefix, through the block as it is at the first loss. Processes
+    that share them out exchange the error of each, and add them up in the same order.
     """
 
     def __init__(
@@ -70,10 +71,11 @@ class Objective:
         self._calls = self._record_parent()
         with torch.no_grad():
             self._wanted = [self._compared(sample) for sample in range(len(self._calls))]
-        self._energy = {
-            sink: sum(float(seen[sink].double().square().sum()) for seen in self._wanted if sink in seen)
-            for sink in self._sinks
-        }
+        energies = [{sink: _energy(seen[sink]) for sink in seen} for seen in self._wanted]
+        self._energy = dict.fromkeys(self._sinks, 0.0)
+        for of_sample in self.calibration.share.in_order(energies):
+            for sink, energy in of_sample.items():
+                self._energy[sink] += energy
 
     @property
     def layers(self) -> Sequence[str]:
@@ -90,29 +92,35 @@ class Objective:
     def _loss_alone(self, change: Change, limit: float) -> float:
         total = 0.0
         for path in self._layers:
-            layer, rounding = self._model.get_submodule(path), self._rounding(path, change)
-            weight, bias = layer.get_parameter("weight"), layer._parameters.get("bias")
-            new = rounded(change.weight(weight), self._context.grids.weights(path).spec)
-            moved = change.bias(weight, bias)
-            outputs, energy = self._outputs[path]
-            for rows, wanted in zip(self._inputs[path], outputs, strict=True):
-                found = nn.functional.linear(rounding(change.inputs(rows)), new, moved)
-                total += float((found - wanted).double().square().sum()) / (energy or 1)
+            for of_sample in self.calibration.share.in_order(self._errors_alone(path, change)):
+                for error in of_sample:
+                    total += error
                 if total > limit:
                     return total
         return total
+
+    def _errors_alone(self, path: str, change: Change) -> Iterator[list[float]]:
+        """The error of a layer's outputs, relative to their energy, call by call for every sample of this
+        process."""
+        layer, rounding = self._model.get_submodule(path), self._rounding(path, change)
+        weight, bias = layer.get_parameter("weight"), layer._parameters.get("bias")
+        new = rounded(change.weight(weight), self._context.grids.weights(path).spec)
+        moved = change.bias(weight, bias)
+        outputs, energy = self._outputs[path]
+        for calls, wanted in zip(self._inputs[path], outputs, strict=True):
+            inputs = (rounding(change.inputs(rows)) for rows in calls)
+            found = [nn.functional.linear(x, new, moved) for x in inputs]
+            yield [_energy(x - y) / (energy or 1) for x, y in zip(found, wanted, strict=True)]
 
     def _loss_behind(self, change: Change, limit: float) -> float:
         kept = {path: dict(self._model.get_submodule(path)._parameters) for path in self._layers}
         handles = [self._install(path, change) for path in self._layers]
         total = 0.0
         try:
-            for sample, wanted in enumerate(self._wanted):
-                found = self._compared(sample)
-                for sink in found.keys() & wanted.keys():
-                    if found[sink].shape == wanted[sink].shape and self._energy[sink]:
-                        error = float((found[sink] - wanted[sink]).double().square().sum())
-                        total += error / self._energy[sink]
+            errors = map(self._errors_behind, range(len(self._wanted)))
+            for of_sample in self.calibration.share.in_order(errors):
+                for error in of_sample:
+                    total += error
                 if total > limit:
                     break
         finally:
@@ -121,6 +129,16 @@ class Objective:
             for path, parameters in kept.items():
                 self._model.get_submodule(path)._parameters.update(parameters)
         return total
+
+    def _errors_behind(self, sample: int) -> list[float]:
+        """The error of every sink, relative to its energy, for a sample of this process."""
+        wanted, found = self._wanted[sample], self._compared(sample)
+        return [
+            _energy(found[sink] - wanted[sink]) / self._energy[sink]
+            for sink in self._sinks
+            if sink in found and sink in wanted
+            if found[sink].shape == wanted[sink].shape and self._energy[sink]
+        ]
 
     def _install(self, path: str, change: Change) -> Any:
         """Give a layer its changed, rounded weight, and round its changed inputs; the hook's handle."""
@@ -135,18 +153,21 @@ class Objective:
     def _rounding(self, path: str, change: Change) -> Callable[[Tensor], Tensor]:
         return input_rounding(self._context, self.calibration, path, change.inputs)
 
-    def _record_inputs(self) -> dict[str, list[Tensor]]:
-        """What flows into the layers over all samples, tokens that count alone, [tokens, channels]."""
-        found: dict[str, list[Tensor]] = {path: [] for path in self._layers}
+    def _record_inputs(self) -> dict[str, list[list[Tensor]]]:
+        """What flows into the layers, call by call of every sample, tokens that count alone,
+        [tokens, channels]."""
+        found: dict[str, list[list[Tensor]]] = {path: [] for path in self._layers}
         sample = 0
 
         def note(path: str) -> Callable[..., None]:
-            return lambda _, args: found[path].append(self.calibration.counted(args[0], sample).clone())
+            return lambda _, args: found[path][-1].append(self.calibration.counted(args[0], sample).clone())
 
         handles = [self._model.get_submodule(p).register_forward_pre_hook(note(p)) for p in self._layers]
         io = self.calibration.io
         try:
             for sample in range(len(io)):
+                for calls in found.values():
+                    calls.append([])
                 io.run_sample(sample)
         finally:
             for handle in handles:
@@ -154,12 +175,15 @@ class Objective:
         return found
 
     @torch.no_grad()
-    def _plain_outputs(self, path: str) -> tuple[list[Tensor], float]:
-        """What a layer makes of what was recorded, and Σ ‖y‖²."""
+    def _plain_outputs(self, path: str) -> tuple[list[list[Tensor]], float]:
+        """What a layer makes of what was recorded, and Σ ‖y‖² over all samples."""
         layer = self._model.get_submodule(path)
         weight, bias = layer.get_parameter("weight"), layer._parameters.get("bias")
-        outputs = [nn.functional.linear(rows, weight, bias) for rows in self._inputs[path]]
-        return outputs, sum(float(wanted.double().square().sum()) for wanted in outputs)
+        outputs = [
+            [nn.functional.linear(rows, weight, bias) for rows in calls] for calls in self._inputs[path]
+        ]
+        energies = self.calibration.share.in_order([_energy(y) for y in calls] for calls in outputs)
+        return outputs, sum(energy for of_sample in energies for energy in of_sample)
 
     def _record_parent(self) -> list[tuple[Any, Any]]:
         """What the module around the group and what it leads to is called with, for every sample."""
@@ -200,3 +224,7 @@ class Objective:
             for handle in handles:
                 handle.remove()
         return found
+
+
+def _energy(x: Tensor) -> float:
+    return float(x.double().square().sum())

@@ -33,6 +33,7 @@ class OSPlus(ScaleStep):
     (eq. 5 and 8, algorithm 1)."""
 
     name = "os-plus"
+    shares_samples = True
     Options: ClassVar[type[StepOptions]] = OSPlusOptions
     options: OSPlusOptions
 

@@ -28,6 +28,7 @@ class OutlierSuppression(ScaleStep):
     """
 
     name = "outlier-suppression"
+    shares_samples = True
     Options: ClassVar[type[StepOptions]] = OutlierSuppressionOptions
     options: OutlierSuppressionOptions
 

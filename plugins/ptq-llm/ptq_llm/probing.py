@@ -111,18 +111,25 @@ def _inputs(io: BlockIO, producer: str, consumer: str, factors: Tensor) -> _Seen
     """What the consumer reads while the producer's outputs are multiplied."""
     model = io.block.model
     first, second = model.get_submodule(producer), model.get_submodule(consumer)
-    seen: list[Tensor] = []
+    calls: list[Tensor] = []
 
     def multiply(_: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output * factors.to(output)
 
     def note(_: nn.Module, args: Any) -> None:
-        seen.append(args[0].clone())
+        calls.append(args[0].clone())
+
+    def of_samples() -> Iterator[list[Tensor]]:
+        """Call by call, for those of the first samples that this process has."""
+        for sample, number in enumerate(io.share.numbers):
+            if number < _MOST_SAMPLES:
+                calls.clear()
+                io.run_sample(sample)
+                yield list(calls)
 
     handles = [first.register_forward_hook(multiply), second.register_forward_pre_hook(note)]
     try:
-        for sample in range(min(len(io), _MOST_SAMPLES)):
-            io.run_sample(sample)
+        seen = [x for calls in io.share.in_order(of_samples()) for x in calls]
     finally:
         for handle in handles:
             handle.remove()

@@ -37,6 +37,7 @@ class ChannelReassembly(GroupStep):
     """
 
     name = "reassemble"
+    shares_samples = True
     Options: ClassVar[type[StepOptions]] = ReassembleOptions
     options: ReassembleOptions
 

@@ -9,6 +9,7 @@ attachment: the same function at the same cost, one multiply-add a channel, and 
 rounded.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,18 +176,21 @@ def check(block: Block, io: BlockIO, group: Group, shift: bool) -> float:
 
 def _difference(block: Block, io: BlockIO, group: Group, change: Rescaling) -> float:
     kept = _Kept(block, group)
-    sample, expected = _reaching(io, group)
+    number, expected = _reaching(io, group)
+    error = 0.0
     try:
         rescale(block, group, change)
-        found = io.run_sample(sample)
+        if number in io.share.numbers:
+            found = io.run_sample(io.share.numbers.index(number))
+            error = relative_difference(tensors_in(expected), tensors_in(found))
     finally:
         kept.restore()
-    return relative_difference(tensors_in(expected), tensors_in(found))
+    return io.share.everywhere(error)[number % io.share.ranks]
 
 
 def _reaching(io: BlockIO, group: Group) -> tuple[int, Any]:
-    """The first sample in which tokens flow into the group's layers, else the last, and the block's
-    output."""
+    """The number of the first sample in which tokens flow into the group's layers, else of the last, and
+    the block's output of that or of another one."""
     tokens = 0
 
     def note(_: nn.Module, args: Any) -> None:
@@ -194,13 +198,21 @@ def _reaching(io: BlockIO, group: Group) -> tuple[int, Any]:
         tokens += args[0].numel()
 
     layers = [io.block.model.get_submodule(path) for path in group.consumers]
+    outputs: dict[int, Any] = {}
+
+    def reached() -> Iterator[bool]:
+        for sample, number in enumerate(io.share.numbers):
+            outputs.clear()
+            outputs[number] = io.run_sample(sample)
+            yield tokens > 0
+
     handles = [layer.register_forward_pre_hook(note) for layer in layers]
     try:
-        for sample in range(len(io)):
-            output = io.run_sample(sample)
-            if tokens:
+        for number, found in enumerate(io.share.in_order(reached())):
+            last = number
+            if found:
                 break
-        return sample, output
+        return last, outputs.get(last)
     finally:
         for handle in handles:
             handle.remove()

@@ -46,6 +46,7 @@ class Rotate(Step):
     """
 
     name = "rotate"
+    shares_samples = True
     stage = "transform"
     data_free = True
     Options: ClassVar[type[StepOptions]] = RotateOptions

@@ -29,6 +29,7 @@ class SmoothQuant(ScaleStep):
     """s = max|X|^α / max|W|^(1−α) per channel (eq. 4)."""
 
     name = "smoothquant"
+    shares_samples = True
     Options: ClassVar[type[StepOptions]] = SmoothQuantOptions
     options: SmoothQuantOptions
 
