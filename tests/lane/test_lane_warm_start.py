@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
-from toy_lanes import write_pictures
+from toy_lanes import Toy, write_pictures
 
 import ptqcore
 from ptq_lane.warm_start import BlockErrors
@@ -66,22 +66,30 @@ def test_once_it_is_closed_gradients_pass_again(learned):
     assert weights["first.weight"].grad.abs().sum() > 0
 
 
-def test_a_run_that_is_warmed_up_makes_all_its_updates(tmp_path):
+class Slow(Toy):
+    """A family that asks for a warm start."""
+
+    warm_start = 0.25
+
+
+@pytest.mark.parametrize(
+    ("family", "option", "learned"),
+    [("toy_lanes:Toy", "null", 20), ("toy_lanes:Toy", 0.5, 10), (f"{__name__}:Slow", "null", 15)],
+)
+def test_the_first_share_is_as_the_recipe_says_or_else_the_family(tmp_path, family, option, learned):
     write_pictures(tmp_path, 12)
-    learning = {"iterations": 20, "batch": 4, "warm_start": 0.25}
+    learning = f"{{iterations: 20, batch: 4, warm_start: {option}, selection: {{evaluations: 20}}}}"
     settings = {
-        "task.family": "toy_lanes:Toy",
+        "task.family": family,
         "task.model": "toy_lanes:ToyNet",
         "task.calibration": 4,
         "task.images": tmp_path,
         "evaluate.baseline": "false",
-        "steps": [{"selective-focus": learning}],
+        "steps": f"[{{selective-focus: {learning}}}]",
     }
     recipe = ptqcore.find_recipe("w4a4", "lane", [f"{key}={value}" for key, value in settings.items()])
     record = ptqcore.quantize(recipe, "lane", tmp_path / "run")
     (block,) = record.blocks
     assert len(block.losses) == 20
-    (curves,) = [
-        one for one in record.figures if isinstance(one, ptqcore.Curves) and "learning" in one.title
-    ]
-    assert max(curves.x) < 15
+    (shares,) = [one for one in record.figures if getattr(one, "title", "").startswith("Sensitivity of")]
+    assert list(shares.x) == list(range(learned))

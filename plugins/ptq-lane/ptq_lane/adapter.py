@@ -21,6 +21,9 @@ class Adapter(ABC):
     name: ClassVar[str]
     confidence_heads: ClassVar[frozenset[str]] = frozenset()
     """The groups that say whether there is a lane. Errors of the others do no harm where there is none."""
+    warm_start: ClassVar[float] = 0.0
+    """The share of its updates in which `selective-focus` learns every block of such a network against its
+    own output first, where the recipe does not say."""
 
     def __init__(self, frame: Frame) -> None:
         """Args:

@@ -33,8 +33,9 @@ class SelectiveFocusOptions(QDropOptions):
 
     pixels: how much the mean squared distance of candidate lanes in pixels counts beside that, where the
     family's geometry is differentiable. warm_start: share of the updates, the first, in which every block
-    is learned against its own output. held_out: share of the calibration images that are not learned from,
-    but choose the best of `judged` states; with 0 the last state is kept.
+    is learned against its own output; null: as the family's adapter says. held_out: share of the
+    calibration images that are not learned from, but choose the best of `judged` states; with 0 the last
+    state is kept.
     """
 
     iterations: int = Field(default=800, ge=1)
@@ -43,7 +44,7 @@ class SelectiveFocusOptions(QDropOptions):
     focus: Focus = Focus()
     selection: Selection = Selection()
     pixels: float = Field(default=0.0, ge=0)
-    warm_start: float = Field(default=0.0, ge=0, lt=1)
+    warm_start: float | None = Field(default=None, ge=0, lt=1)
     held_out: float = Field(default=0.0, ge=0, lt=1)
     judged: int = Field(default=16, ge=1)
 
@@ -84,13 +85,13 @@ class SelectiveFocus(QDrop):
     def phases(self) -> Sequence[Phase]:
         """That of QDrop, its first share as a warm start."""
         (phase,) = super().phases()
-        warm = self.options.warm_start
+        warm = self._warm_start
         return (replace(phase, share=warm), replace(phase, share=1 - warm)) if warm else (phase,)
 
     def objective(self, learner: BlockLearner, phase: Phase, calibration: Calibration) -> Objective:
         """Lanes; in a warm start, what every block returns."""
         options = self.options
-        if options.warm_start and self._warming is None:
+        if self._warm_start and self._warming is None:
             network = calibration.block.module
             blocks = find_blocks(network, self._map, set(learner.weights))
             self._warming = BlockErrors(learner, network, [block.path for block in blocks])
@@ -107,6 +108,11 @@ class SelectiveFocus(QDrop):
             options.judged,
         )
         return self._objective
+
+    @property
+    def _warm_start(self) -> float:
+        chosen = self.options.warm_start
+        return lane_task(self).adapter.warm_start if chosen is None else chosen
 
     def _end_warm_start(self) -> None:
         if self._warming is not None:
