@@ -33,6 +33,8 @@ METHODS: dict[str, tuple[str, list[str]]] = {
     "… without focus": ("", [f"{_STEP}.focus.mode=none"]),
     "… without selection": ("", [f"{_STEP}.selection.mode=none"]),
     "… without both": ("", [f"{_STEP}.focus.mode=none", f"{_STEP}.selection.mode=none"]),
+    "… with a warm start": ("", [f"{_STEP}.warm_start=0.3"]),
+    "… without a warm start": ("", [f"{_STEP}.warm_start=0"]),
     "… focus by a threshold": ("", [f"{_STEP}.focus.mode=threshold"]),
     "… focus on the top tenth": ("", [f"{_STEP}.focus.mode=top-k"]),
     "… the groups that distort most": ("", [f"{_STEP}.selection.mode=top"]),
