@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from ptqcore.on_disk import as_type as as_type
     from ptqcore.on_disk import in_memory as in_memory
     from ptqcore.on_disk import is_on_disk as is_on_disk
+    from ptqcore.on_disk import storage_of as storage_of
     from ptqcore.on_disk import tensors_on_disk as tensors_on_disk
     from ptqcore.on_disk import without_memory as without_memory
     from ptqcore.packed import QuantizedTensor as QuantizedTensor
@@ -108,6 +109,7 @@ if TYPE_CHECKING:
     from ptqcore.step import Step as Step
     from ptqcore.step import StepOptions as StepOptions
     from ptqcore.step import check_globs as check_globs
+    from ptqcore.store import Store as Store
     from ptqcore.sweeps.specification import Sweep as Sweep
     from ptqcore.sweeps.specification import read_sweep as read_sweep
     from ptqcore.sweeps.sweep import sweep as sweep
@@ -211,6 +213,8 @@ _HOME = {
     "as_type": "on_disk",
     "in_memory": "on_disk",
     "is_on_disk": "on_disk",
+    "storage_of": "on_disk",
+    "Store": "store",
     "tensors_on_disk": "on_disk",
     "without_memory": "on_disk",
     "free_memory": "memory_left",

@@ -5,6 +5,8 @@ import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_MMAP_THRESHOLD = 32 * 1024 * 1024
+_SMALL = 2**18
+_short = False
 
 
 def keep_freed_memory() -> None:
@@ -13,12 +15,27 @@ def keep_freed_memory() -> None:
     Left alone, glibc gives such blocks back to the system at once, and every new tensor begins with
     page faults. Elsewhere this does nothing.
     """
+    if not _short:
+        _set(_LARGEST_MMAP_THRESHOLD, 2**30)
+
+
+def keep_no_freed_memory() -> None:
+    """Hand memory back to the system as soon as it is freed, from now on: where there is little (glibc).
+
+    Elsewhere this does nothing.
+    """
+    global _short
+    _short = True
+    _set(_SMALL, _SMALL)
+
+
+def _set(mmap_threshold: int, trim_threshold: int) -> None:
     if sys.platform != "linux":
         return
     try:
         library = ctypes.CDLL("libc.so.6")
-        library.mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
-        library.mallopt(_M_TRIM_THRESHOLD, 2**30)
+        library.mallopt(_M_MMAP_THRESHOLD, mmap_threshold)
+        library.mallopt(_M_TRIM_THRESHOLD, trim_threshold)
     except (OSError, AttributeError):
         return
 

@@ -26,7 +26,7 @@ from ptqcore.finite import check_stored
 from ptqcore.folding import fold_structure, folded_norms
 from ptqcore.memory_limit import limited_memory
 from ptqcore.modules import QuantModule, quantized_class, replace_module
-from ptqcore.on_disk import identity, tensors_on_disk, without_memory
+from ptqcore.on_disk import storage_of, tensors_on_disk, without_memory
 from ptqcore.placement import Edge
 from ptqcore.plugin import discover
 from ptqcore.reading import one_line, plain_size, read_json
@@ -234,7 +234,7 @@ def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
     first: dict[tuple[Any, tuple[int, ...], tuple[int, ...]], str] = {}
     tied: dict[str, str] = {}
     for name, tensor in model.state_dict().items():
-        key = (identity(tensor), tuple(tensor.shape), tensor.stride())
+        key = (storage_of(tensor), tuple(tensor.shape), tensor.stride())
         if tensor.numel() and key in first:
             tied[name] = first[key]
         else:

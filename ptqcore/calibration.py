@@ -143,6 +143,11 @@ class Calibration:
         for path in self.block.layers():
             self._grams.pop(path, None)
 
+    def forget_layers(self) -> None:
+        """Give the memory of the layers' statistics back, once no step needs them any more."""
+        self._grams.clear()
+        self._observers.clear()
+
     def refresh(self, paths: Iterable[str]) -> None:
         """Collect the statistics of some layers anew, if they are to be, without the rest of the block:
         the others wait until they are asked for."""

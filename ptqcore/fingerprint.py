@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from ptqcore.on_disk import pieces
 from ptqcore.tensor_file import tensor_bytes
 from ptqcore.version import __version__
 
@@ -83,7 +84,8 @@ def digest_of(value: Any) -> str:
     for leaf in leaves:
         if isinstance(leaf, Tensor):
             total.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
-            total.update(tensor_bytes(leaf))
+            for piece in pieces(leaf):
+                total.update(tensor_bytes(piece))
         else:
             total.update(repr(leaf).encode())
     return total.hexdigest()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ptqcore.dataflow import tensors_in
 from ptqcore.distributed import Share
 from ptqcore.errors import DataError, ModelError
+from ptqcore.on_disk import pieces
 
 
 def check_stored(tensors: Mapping[str, Tensor]) -> None:
@@ -143,7 +144,7 @@ def _source(module: nn.Module, path: str, run: Callable[[], object]) -> str | No
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+    return not tensor.is_floating_point() or all(bool(one.isfinite().all()) for one in pieces(tensor))
 
 
 def _is_mask(tensor: Tensor) -> bool:

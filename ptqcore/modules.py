@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ptqcore import grid
-from ptqcore.on_disk import OnDisk, identity
+from ptqcore.on_disk import OnDisk, storage_of
 from ptqcore.packed import QuantizedTensor
 from ptqcore.quantizers import FakeQuant
 from ptqcore.spec import QuantSpec
@@ -309,5 +309,5 @@ def _keep_from_fast_paths(modules: Sequence[nn.Module], layer: nn.Module) -> Non
 
 def state_bytes(module: nn.Module) -> int:
     """Bytes of the parameters and persistent buffers of a model; shared tensors count once."""
-    unique = {(identity(tensor), tensor.nbytes) for tensor in module.state_dict().values()}
+    unique = {(storage_of(tensor), tensor.nbytes) for tensor in module.state_dict().values()}
     return sum(size for _, size in unique)

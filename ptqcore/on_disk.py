@@ -1,5 +1,6 @@
 """Tensors that stay in their file: read at each use, so that a model may be larger than memory."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,13 +10,16 @@ from typing import Any, Self
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.utils._pytree import tree_map_only
 
+from ptqcore.allocator import keep_no_freed_memory
 from ptqcore.errors import ArtifactError, ModelError
 from ptqcore.tensor_header import StoredTensor, read_tensor_header
 from ptqcore.tensor_types import TYPES
 
 SMALL = 2**16  # bytes that are not worth the reading
+PIECE = 2**26  # bytes that are read at a time where more is not needed
 
 _SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 _ROWS = torch.ops.aten.embedding.default
@@ -38,11 +42,10 @@ class Place:
         """
         return self._numbers(self.start, self.shape)
 
-    def rows(self, numbers: Tensor) -> Tensor:
-        """Some of them: rows [n, …] by their numbers [n]."""
-        width = torch.empty(self.shape[1:], dtype=self.dtype, device="meta").nbytes
-        found = [self._numbers(self.start + row * width, self.shape[1:]) for row in numbers.tolist()]
-        return torch.stack(found) if found else torch.empty(0, *self.shape[1:], dtype=self.dtype)
+    def rows(self, first: int, count: int) -> Tensor:
+        """Some of them: rows [count, …] in a row."""
+        width = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return self._numbers(self.start + first * width, (count, *self.shape[1:]))
 
     def _numbers(self, start: int, shape: tuple[int, ...]) -> Tensor:
         numbers = torch.empty(shape, dtype=self.dtype)
@@ -85,11 +88,28 @@ class OnDisk(Tensor):
         made.place = place
         return made
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
     def read(self) -> Tensor:
         """The numbers, in memory."""
         return self.place.read().to(self.dtype)
+
+    def pieces(self) -> Iterator[Tensor]:
+        """The numbers row by row in tensors of at most 64 MiB, or of one row."""
+        rows, *others = self.shape or (1,)
+        count = max(1, PIECE // max(1, math.prod(others) * self.dtype.itemsize))
+        for first in range(0, rows, count):
+            piece = self.place.rows(first, min(count, rows - first)) if self.shape else self.place.read()
+            yield piece.to(self.dtype)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Multiply by large matrices piece by piece."""
+        kwargs = kwargs or {}
+        if func is linear and not kwargs and isinstance(args[1], OnDisk) and args[1].nbytes > PIECE:
+            x, weight, *bias = args
+            made = torch.cat([linear(x, piece) for piece in weight.pieces()], -1)
+            return made if not bias or bias[0] is None else made + bias[0]
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -107,7 +127,9 @@ class OnDisk(Tensor):
     def _looked_up(self, numbers: Tensor) -> Tensor:
         """Rows [..., width] of this matrix, by numbers [...]; only they are read."""
         wanted, places = torch.unique(numbers, return_inverse=True)
-        return self.place.rows(wanted).to(self.dtype)[places]
+        rows = [self.place.rows(row, 1) for row in wanted.tolist()]
+        found = torch.cat(rows) if rows else self.place.rows(0, 0)
+        return found.to(self.dtype)[places]
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"OnDisk({list(self.shape)}, {self.dtype}, {self.place.file.name})"
@@ -128,8 +150,8 @@ def _refuse_writing(func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
             )
 
 
-def identity(tensor: Tensor) -> Any:
-    """What two tensors of one shape have in common if they are the same numbers in memory, or on disk."""
+def storage_of(tensor: Tensor) -> Any:
+    """Where its numbers begin, in memory or on disk: the same for tensors of one shape that share them."""
     return tensor.place if isinstance(tensor, OnDisk) else tensor.data_ptr()
 
 
@@ -141,6 +163,12 @@ def tensors_on_disk(file: Path) -> dict[str, Tensor]:
         ValueError: if it is damaged, or has a type that torch has not.
     """
     return {name: _tensor(file, name, stored) for name, stored in read_tensor_header(file).items()}
+
+
+def pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor in parts along its first dimension, in order: at most 64 MiB of one that lies on disk are in
+    memory at a time; any other is one part."""
+    return tensor.pieces() if isinstance(tensor, OnDisk) else iter([tensor])
 
 
 def in_memory(tensor: Tensor) -> Tensor:
@@ -181,7 +209,11 @@ def load(module: nn.Module) -> None:
 
 @contextmanager
 def without_memory() -> Iterator[None]:
-    """Modules made here have their parameters on the meta device: shapes, and no numbers."""
+    """Modules made here have their parameters on the meta device: shapes, and no numbers.
+
+    Where this is needed, memory is short: from here on what is freed is given back at once.
+    """
+    keep_no_freed_memory()
     register = nn.Module.register_parameter
 
     def without(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

@@ -186,6 +186,9 @@ class Quantization:
             calibration.quantize_edges(quantizers)
             self._hand(steps, "block", block, calibration)
             self._hand(steps, "after", block, calibration)
+            layers = audit.layer_records(block, originals, calibration, self.prepared.context)
+            del originals
+            calibration.forget_layers()
             counted = CountClipped(calibration.quantizers)
             io.functions = counted.functions()
             who = " and ".join(step.origin for step in steps)
@@ -198,7 +201,6 @@ class Quantization:
                 {f"{block.path}.{name}": one for name, one in block.module.state_dict().items()}
             )
             error = audit.relative_error(outputs, targets, block.path, self._share)
-            layers = audit.layer_records(block, originals, calibration, self.prepared.context)
             for layer in block.quantized_layers().values():
                 layer.release()
         figures = BlockRecord(

@@ -1,5 +1,6 @@
 """Blocks in spans: how many blocks are quantized before the steps finish them together."""
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -73,6 +74,7 @@ class SpanWalk:
         """Leave a finished block on disk where the others are."""
         if self._on_disk:
             self._journal.leave_on_disk(index, self._walk.blocks[index])
+            gc.collect()  # cycles would keep the block's tensors for a while
             give_freed_memory_back()
 
     def _exact(self, io: BlockIO) -> Tensors | None:

@@ -3,6 +3,7 @@
 import weakref
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Self
 
 from torch import Tensor
 
@@ -14,7 +15,7 @@ ACTIVATIONS = "activations-"  # how the names of their folders begin
 
 
 class Store:
-    """Keeps tensors; what exceeds the budget lies in files that go with the tensors."""
+    """Keeps tensors; what exceeds the budget lies in files, which go with the tensors or at the end."""
 
     def __init__(self, budget: int, folder: Path) -> None:
         """Args:
@@ -26,6 +27,14 @@ class Store:
         self._folder: TemporaryDirectory[str] | None = None
         self._used = 0
         self._count = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove all files."""
+        if self._folder is not None:
+            self._folder.cleanup()
 
     @property
     def in_files(self) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptqcore.on_disk import pieces
 from ptqcore.tensor_types import NAMES
 
 _ALIGNMENT = 8
@@ -39,7 +40,7 @@ def tensor_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | Non
     yield len(text).to_bytes(8, "little")
     yield text
     for name in order:
-        yield tensor_bytes(tensors[name])
+        yield from map(tensor_bytes, pieces(tensors[name]))
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

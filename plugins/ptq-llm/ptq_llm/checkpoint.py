@@ -19,11 +19,14 @@ from ptqcore import (
     QuantLinear,
     QuantModule,
     QuantSection,
+    Store,
     Task,
     Verification,
+    free_memory,
     in_memory,
     one_sentence,
     read_json,
+    storage_of,
     write_tensors,
 )
 
@@ -126,12 +129,13 @@ class CheckpointExporter(Exporter, Generic[L]):
         layers = _quantized_layers(model, self.name)
         self.refuse(model, layers)
         task.save_assets(folder)
-        tensors = dict(self.plain_tensors(model, layers))
         parts = self.stored_layers(model, layers)
-        for name, layer in parts.items():
-            tensors |= {f"{name}.{key}": tensor for key, tensor in self.layer_tensors(layer).items()}
-        stored = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-        write_tensors(folder / _WEIGHTS_FILE, stored, {"format": "pt"})
+        with Store(free_memory() // 2, folder) as store:
+            tensors = dict(self.plain_tensors(model, layers))
+            for name, layer in parts.items():
+                for key, tensor in self.layer_tensors(layer).items():
+                    tensors[f"{name}.{key}"] = store.keep(tensor.detach().cpu())
+            write_tensors(folder / _WEIGHTS_FILE, tensors, {"format": "pt"})
         self.write_config(folder, self.quantization_config(model, parts))
 
     def verify(self, model: nn.Module, task: Task, samples: Sequence[Any], folder: Path) -> Verification:
@@ -275,10 +279,10 @@ def plain_tensors(model: nn.Module, layers: dict[str, QuantLinear]) -> Iterator[
         f"{name}.{key}" for name, layer in layers.items() for key in layer.state_dict() if key != "bias"
     }
     output = _tied_output(model)
-    tied = None if output is None else output.get_parameter("weight").data_ptr()
-    seen: set[int] = set()
+    tied = None if output is None else storage_of(output.get_parameter("weight"))
+    seen: set[Any] = set()
     for name, tensor in model.state_dict().items():
-        address = tensor.data_ptr()
+        address = storage_of(tensor)
         if name in grids or (address in seen and address == tied):
             continue
         yield name, tensor.clone() if address in seen else tensor

@@ -11,7 +11,7 @@ from gguf import MODEL_ARCH
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ptqcore import ExportError
+from ptqcore import ExportError, storage_of
 
 _ATTENTION, _MLP = ("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up", "ffn_down")
 # What llama.cpp adds where a file has it; any other bias it would refuse or leave out.
@@ -109,7 +109,7 @@ class Layout:
         if self.name(path) != "output.weight":
             return False
         embedding: Tensor = self.model.get_input_embeddings().weight  # type: ignore[operator]
-        return self.model.get_parameter(path).data_ptr() == embedding.data_ptr()
+        return bool(storage_of(self.model.get_parameter(path)) == storage_of(embedding))
 
     @property
     def head_dim(self) -> int:

@@ -32,7 +32,7 @@ _STORED_AS = {
 
 
 class TensorFile:
-    """A safetensors file, mapped into memory."""
+    """A safetensors file, read tensor by tensor."""
 
     def __init__(self, path: Path) -> None:
         """Read the header.
@@ -41,8 +41,7 @@ class TensorFile:
             ExportError: if the file is missing or not a safetensors file.
         """
         try:
-            self._entries = read_tensor_header(path)
-            self._data = np.memmap(path, dtype=np.uint8, mode="r")
+            self._path, self._entries = path, read_tensor_header(path)
         except (OSError, ValueError) as error:
             raise ExportError(f"{path} cannot be read back as a safetensors file: {error}") from error
 
@@ -64,8 +63,9 @@ class TensorFile:
         entry = self._entry(name)
         if entry.shape != shape:
             raise ExportError(f"tensor {name} has shape {list(entry.shape)} in the file, not {list(shape)}")
-        stored = self._data[entry.start : entry.end].view(_STORED_AS[entry.dtype]).reshape(shape)
-        return _decode(stored, entry.dtype)
+        kind = np.dtype(_STORED_AS[entry.dtype])
+        stored = np.fromfile(self._path, kind, entry.nbytes // kind.itemsize, offset=entry.start)
+        return _decode(stored.reshape(shape), entry.dtype)
 
     def _entry(self, name: str) -> StoredTensor:
         if name not in self._entries:
