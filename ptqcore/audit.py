@@ -14,11 +14,12 @@ from ptqcore import grid
 from ptqcore.blocks import Block
 from ptqcore.calibration import Calibration
 from ptqcore.dataflow import Dataflow
-from ptqcore.distributed import Share
+from ptqcore.distributed import Share, divided
 from ptqcore.errors import BugError, ModelError
 from ptqcore.modules import QuantModule, quantizable_layers, weight_rows
 from ptqcore.recipe import QuantSection
 from ptqcore.report.record import MOST_LOSSES, LayerRecord
+from ptqcore.statistics import Gram
 from ptqcore.step import Context, check_globs, reason_to_skip
 from ptqcore.tables import TimestepTable, tables_in
 
@@ -106,10 +107,18 @@ def layer_records(
 ) -> list[LayerRecord]:
     """Figures of every quantized layer of a block, and of every one that a table replaces or that only such
     layers read, against the float layers it had before."""
+    layers = {path: layer for path, layer in block.quantized_layers().items() if path in originals}
+    grams = {path: calibration.gram(path) for path in layers}
+
+    def error(path: str) -> float | None:
+        weight, gram = weight_rows(originals[path]).detach().flatten(1), grams[path]
+        dequantized = layers[path].quantized_weight.dequantize().flatten(1)
+        return None if gram is None else gram.relative_error(weight, dequantized)
+
+    errors = divided(list(layers), error, lambda path: math.prod(layers[path].weight_shape))
     quantized = [
-        _layer_record(block, path, originals[path], layer, calibration)
-        for path, layer in block.quantized_layers().items()
-        if path in originals
+        _layer_record(block, path, originals[path], layer, grams[path], found)
+        for (path, layer), found in zip(layers.items(), errors, strict=True)
     ]
     tables = tables_in(block.module, block.path)
     replaced = [path for path in originals if path in context.grids.tables]
@@ -132,12 +141,11 @@ def _table_record(block: Block, path: str, original: nn.Module, table: TimestepT
 
 
 def _layer_record(
-    block: Block, path: str, original: nn.Module, layer: QuantModule, calibration: Calibration
+    block: Block, path: str, original: nn.Module, layer: QuantModule, gram: Gram | None, error: float | None
 ) -> LayerRecord:
     weight = weight_rows(original).detach().flatten(1)
     record = layer.quantized_weight
     inside = grid.inside(weight, record.scale, record.zero_point, record.spec)
-    gram = calibration.gram(path)
     quantizer = layer.input_quantizer
     return LayerRecord(
         path=path,
@@ -145,9 +153,7 @@ def _layer_record(
         shape=layer.weight_shape,
         weights=str(layer.weight_spec),
         activations=None if quantizer is None else str(quantizer.spec),
-        relative_error=None
-        if gram is None
-        else gram.relative_error(weight, record.dequantize().flatten(1)),
+        relative_error=error,
         clipped=1 - float(inside.float().mean()),
         weight_range=(float(weight.min()), float(weight.max())),
         input_range=None if gram is None else (float(gram.low.min()), float(gram.high.max())),

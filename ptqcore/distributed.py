@@ -14,6 +14,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
@@ -109,16 +110,39 @@ def everywhere(value: T) -> list[T]:
         return [value]
     tensors: list[Tensor] = []
     outline = json.dumps(_outlined(value, tensors)).encode()
-    try:
+    with _meeting():
         return [
             value if number == rank() else _filled(json.loads(text), iter(found))
             for number, (text, found) in enumerate(_exchanged(outline, tensors))
         ]
-    except RuntimeError as error:  # what the process group says when the other end is gone
+
+
+@contextmanager
+def _meeting() -> Iterator[None]:
+    """An exchange, which fails if one of the processes is gone."""
+    try:
+        yield
+    except RuntimeError as error:
         time.sleep(_GRACE)
         raise DistributedError(
-            "another process of this run has ended: what it said is the reason, or that it got no memory"
+            "another process of this run has ended: see what it said, or whether memory was short"
         ) from error
+
+
+def check_same(what: str, value: Callable[[], Any]) -> None:
+    """Make sure that all processes have come to the same value, where there are several.
+
+    Raises:
+        DistributedError: naming what is not the same.
+    """
+    if size() == 1:
+        return
+    first, *others = everywhere(value())
+    if any(other != first for other in others):
+        raise DistributedError(
+            f"the processes have come to different {what}: run all of them on machines of one kind, with "
+            "as many threads each"
+        )
 
 
 def add_up(tensors: Sequence[Tensor]) -> None:
@@ -129,7 +153,8 @@ def add_up(tensors: Sequence[Tensor]) -> None:
     from torch import distributed
 
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    distributed.all_reduce(flat)
+    with _meeting():
+        distributed.all_reduce(flat)
     parts = torch.split(flat, [tensor.numel() for tensor in tensors])
     for tensor, part in zip(tensors, parts, strict=True):
         tensor.copy_(part.view(tensor.shape))
@@ -180,7 +205,7 @@ class Share:
     @classmethod
     def of(cls, total: int, shared: bool) -> Share:
         """The share of this process, of samples that are shared out or that every process has."""
-        return cls(total, rank(), size()) if shared else cls(total)
+        return cls(total, rank(), size()) if shared and size() > 1 else cls(total)
 
     @property
     def numbers(self) -> range:

@@ -22,7 +22,7 @@ from ptqcore.artifact import (
 from ptqcore.attachments import AttachmentEntry, FindAttachment, build_attachments, describe_attachments
 from ptqcore.blocks import Block
 from ptqcore.errors import ArtifactError, PtqError
-from ptqcore.fingerprint import differences
+from ptqcore.fingerprint import differences, digest_of
 from ptqcore.memory_limit import limited_memory
 from ptqcore.midway import Midway, forget, midways
 from ptqcore.on_disk import tensors_on_disk
@@ -97,6 +97,8 @@ class Journal:
 
         `ranges` are the scales and zero points of its activation quantizers, by name.
         """
+        tensors = block.module.state_dict
+        distributed.check_same(f"weights for block {block.path!r}", lambda: digest_of(dict(tensors())))
         if distributed.is_first():
             self._save(index, block, result, ranges)
         distributed.wait()

@@ -1,6 +1,9 @@
 """Quantizers: activations rounded inside a forward pass; and weights, steps and biases that are learned."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -337,13 +340,30 @@ def _dot(one: Tensor, other: Tensor) -> Tensor:
     return torch.dot(one.reshape(-1), other.reshape(-1))
 
 
+_part: ContextVar[tuple[int, int, int]] = ContextVar("part", default=(0, 1, 1))
+
+
+@contextmanager
+def part_of_batch(first: int, last: int, size: int) -> Iterator[None]:
+    """Compute the samples from `first` to before `last` of a batch of so many: random masks are then those
+    that they would have among all of it."""
+    token = _part.set((first, last, size))
+    try:
+        yield
+    finally:
+        _part.reset(token)
+
+
 def random_mask(x: Tensor, probability: float, generator: torch.Generator) -> Tensor:
     """A boolean tensor like x, each element True with a probability given to 1/256.
 
     One 64-bit random number serves eight elements: ten times as fast as a uniform number each.
     """
-    words = torch.empty(-(-x.numel() // 8), dtype=torch.int64)
+    first, last, size = _part.get()
+    alone, left = divmod(x.numel(), last - first)
+    start, count = (0, x.numel()) if left else (first * alone, size * alone)  # or it has no samples
+    words = torch.empty(-(-count // 8), dtype=torch.int64)
     words.random_(-(2**63), None, generator=generator)
-    numbers, below = words.view(torch.uint8)[: x.numel()], round(probability * 256)
+    numbers, below = words.view(torch.uint8)[start : start + x.numel()], round(probability * 256)
     chosen = numbers < below if below < 256 else torch.ones_like(numbers, dtype=torch.bool)
     return chosen.as_strided(x.shape, torch.empty_like(x, device="meta").stride())

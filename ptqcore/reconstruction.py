@@ -10,7 +10,7 @@ after every update, and as many updates of as many samples are made as by one.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from zlib import crc32
@@ -19,10 +19,16 @@ import torch
 from torch import Tensor
 
 from ptqcore import distributed
-from ptqcore.errors import DistributedError
 from ptqcore.fingerprint import digest_of
 from ptqcore.midway import Midway
-from ptqcore.quantizers import LearnedBias, LearnedCodes, LearnedRounding, LearnedStep, LearnedWeight
+from ptqcore.quantizers import (
+    LearnedBias,
+    LearnedCodes,
+    LearnedRounding,
+    LearnedStep,
+    LearnedWeight,
+    part_of_batch,
+)
 
 
 class Objective:
@@ -156,7 +162,8 @@ def reconstruct(problem: Problem, schedule: Schedule, generator: torch.Generator
         if iteration + 1 < schedule.iterations:
             state.keep()
     best.restore()
-    _check_same(problem)
+    what = f"variables, learned for {problem.name!r}"
+    distributed.check_same(what, lambda: digest_of(best.variables()))
 
 
 def _optimizer(problem: Problem, schedule: Schedule) -> torch.optim.Optimizer | None:
@@ -180,26 +187,35 @@ def _cosine(share: float) -> float:
 def _accumulate(problem: Problem, batch: int, generator: torch.Generator) -> float:
     """Gradients of the loss of one random batch, as far as this process computes them; the loss."""
     order = torch.randperm(len(problem.samples), generator=generator)[:batch].tolist()
-    mine = _part(order)
+    apart = problem.at_once < distributed.size()  # what is computed at once cannot be shared out
     total = 0.0
-    with _own_numbers(generator):
-        for start in range(0, len(mine), problem.at_once):
-            chosen = [problem.samples[place] for place in mine[start : start + problem.at_once]]
-            loss = problem.objective.loss(problem.predict(chosen), problem.target(chosen), chosen)
+    with _own_numbers(generator) if apart else nullcontext():
+        for turn, start in enumerate(range(0, len(order), problem.at_once)):
+            places = order[start : start + problem.at_once]
+            first, last = _part(len(places), turn if apart else 0)
+            chosen = [problem.samples[place] for place in places[first:last]]
+            if not chosen:
+                continue
+            with part_of_batch(first, last, len(places)):
+                loss = problem.objective.loss(problem.predict(chosen), problem.target(chosen), chosen)
             loss = loss * (len(chosen) / len(order))
             if torch.is_grad_enabled():
                 loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
-    total = sum(distributed.everywhere(total))
+    if distributed.size() > 1:
+        found = distributed.everywhere((total, generator.get_state()))
+        total = sum(loss for loss, _ in found)
+        generator.set_state(found[0][1])
     if not math.isfinite(total):
         raise FloatingPointError(f"the reconstruction loss of block {problem.name!r} is {total}")
     return total
 
 
-def _part(order: list[int]) -> list[int]:
-    """What this process computes of a batch."""
-    rank, size = distributed.rank() if distributed.size() > 1 else 0, distributed.size()
-    return order[len(order) * rank // size : len(order) * (rank + 1) // size]
+def _part(samples: int, turn: int) -> tuple[int, int]:
+    """The first sample that this process computes of so many, and the first behind them."""
+    size = distributed.size()
+    place = (distributed.rank() + turn) % size
+    return -(-samples * place // size), -(-samples * (place + 1) // size)
 
 
 @contextmanager
@@ -224,22 +240,6 @@ def _add_gradients(problem: Problem) -> None:
             variable.grad = torch.zeros_like(variable)
         gradients.append(variable.grad)
     distributed.add_up(gradients)
-
-
-def _check_same(problem: Problem) -> None:
-    """Make sure that all processes have learned the same, bit by bit.
-
-    Raises:
-        DistributedError: if they have not.
-    """
-    if distributed.size() == 1:
-        return
-    digest = digest_of([learned.variable for learned in problem.learned])
-    if len(set(distributed.everywhere(digest))) > 1:
-        raise DistributedError(
-            f"the processes have learned different variables for {problem.name!r}: run all of them on "
-            "machines of one kind, with as many threads each"
-        )
 
 
 @torch.no_grad()

@@ -21,7 +21,6 @@ LAYERS = {
     "weights": {"bits": 4, "granularity": "channel"},
     "activations": {"bits": 8, "symmetric": False, "observer": "moving-average"},
 }
-LEARNED = {"brecq": {"iterations": 60, "batch": 4}}
 
 
 class Pictures(nn.Module):
@@ -107,6 +106,10 @@ def tokens():
     return [torch.randn(9, 8, generator=generator) for _ in range(5)]
 
 
+def learned(step, iterations):
+    return {step: {"iterations": iterations, "batch": 4}}
+
+
 def brings(*steps):
     return {step.name: f"{step.__module__}:{step.__qualname__}" for step in steps}
 
@@ -118,7 +121,9 @@ CASES = {
     "stranger": lambda folder: run(
         folder, Pictures, pictures(), ["round", "scaled"], DATAFLOW, steps=brings(Scaled)
     ),
-    "brecq": lambda folder: run(folder, Pictures, pictures(12), LEARNED, DATAFLOW),
+    "adaround": lambda folder: run(folder, Pictures, pictures(8), learned("adaround", 50), DATAFLOW),
+    "brecq": lambda folder: run(folder, Pictures, pictures(8), learned("brecq", 50), DATAFLOW),
+    "qdrop": lambda folder: run(folder, Pictures, pictures(8), learned("qdrop", 200), DATAFLOW),
     "killed": lambda folder: run(
         folder,
         Pictures,

@@ -13,6 +13,7 @@ from tiny_task import weights_of
 
 SCRIPT = Path(processes.__file__)
 EXACT = ["dataflow", "layers", "experts", "stranger"]
+LEARNED = ["adaround", "brecq", "qdrop"]
 
 
 def launch(folder, *cases, **environment):
@@ -37,8 +38,8 @@ def said(errors):
 def runs(tmp_path_factory):
     """Folders of the runs of one process and of two, and what these said."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
-    processes.main(one, *EXACT, "brecq")
-    code, errors = launch(two, *EXACT, "brecq")
+    processes.main(one, *EXACT, *LEARNED)
+    code, errors = launch(two, *EXACT, *LEARNED)
     assert code == 0, errors
     return one, two, errors
 
@@ -50,10 +51,11 @@ def test_the_bytes_and_figures_are_those_of_one_process(runs, case):
     assert (two / f"{case}.json").read_text() == (one / f"{case}.json").read_text()
 
 
-def test_what_is_learned_is_as_good(runs):
+@pytest.mark.parametrize("case", LEARNED)
+def test_what_is_learned_is_as_good(runs, case):
     one, two, _ = runs
-    found, wanted = (json.loads((folder / "brecq.json").read_text())[0] for folder in (two, one))
-    assert found == pytest.approx(wanted, rel=0.01)
+    found, wanted = (json.loads((folder / f"{case}.json").read_text())[0] for folder in (two, one))
+    assert sum(found) == pytest.approx(sum(wanted), rel=0.01)
 
 
 def test_the_first_process_alone_writes_and_speaks(runs):
@@ -61,9 +63,8 @@ def test_the_first_process_alone_writes_and_speaks(runs):
     for case in EXACT:
         assert not (two / case / ".work").exists()
         assert not (two / case / ".lock").exists()
-    assert (
-        errors.count("quantizing blocks: 3 done") == len(EXACT) + 1 - 1
-    )  # but for the experts of 2 blocks
+    assert errors.count("quantizing blocks: 3 done") == len(EXACT) - 1 + len(LEARNED)
+    assert errors.count("quantizing blocks: 2 done") == 1  # the experts
     assert errors.count("2 processes: every one computes all calibration samples, for scaled;") == 1
 
 
