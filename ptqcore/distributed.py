@@ -104,7 +104,7 @@ def everywhere(value: T) -> list[T]:
         value: nested lists, tuples and dicts of tensors and plain values.
 
     Raises:
-        DistributedError: if another process has ended, or is at another place.
+        DistributedError: if another process has ended.
     """
     if size() == 1:
         return [value]

@@ -105,6 +105,14 @@ def _check_observer(kind: type[Observer]) -> None:
                 )
         if not bool((low <= 0).all() and (high >= 0).all()):
             raise PluginError(f"observer {kind.name!r} gives a range that does not contain 0")
+        whole, condensed = kind(spec), kind(spec)
+        whole.update(first)
+        condensed.update(condensed.condensed(first))
+        if not all(map(torch.equal, whole.range(), condensed.range())):
+            raise PluginError(
+                f"observer {kind.name!r} finds another range in what `condensed` leaves of a tensor: leave "
+                "out that method, or let it keep all that `update` reads"
+            )
 
 
 def _check_run(name: str, registry: Registry, folder: Path, overrides: list[str]) -> list[str]:

@@ -542,6 +542,15 @@ def test_a_range_must_contain_zero(check, low, high):
         check(observer=Fixed)
 
 
+def test_what_is_wanted_of_a_tensor_must_give_the_same_range(check):
+    class Careless(Wide):
+        def condensed(self, x):
+            return x.clamp(min=0)
+
+    with pytest.raises(PluginError, match="'wide' finds another range in what `condensed` leaves"):
+        check(observer=Careless)
+
+
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
