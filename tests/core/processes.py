@@ -10,7 +10,7 @@ import torch
 from tiny_task import TinyTask, run
 from torch import nn
 
-from ptqcore import DataError, PtqError, Step, distributed, tensors_in
+from ptqcore import DataError, Objective, PtqError, QDrop, Step, distributed, midway, tensors_in
 
 DATAFLOW = {
     "weights": {"bits": 4, "granularity": "channel", "observer": "mse"},
@@ -73,16 +73,22 @@ class Scaled(Step):
             layer.ensure_bias().data += total
 
 
-class Dies(Step):
-    """Ends a process without a word, the second block being at work."""
+class Deadly(Objective):
+    """Ends the first process without a word, the second block being learned."""
 
-    name = "dies"
-    stage = "correct"
-    shares_samples = True
+    def __init__(self, block):
+        self._block = block
 
-    def block(self, block, calibration):
-        if block.path.startswith("second") and "DIES" in os.environ and distributed.is_first():
+    def before(self, updates):
+        if self._block == "second" and updates == 20 and "DIES" in os.environ and distributed.is_first():
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Dies(QDrop):
+    name = "dies"
+
+    def objective(self, learner, phase, calibration):
+        return Deadly(calibration.block.path)
 
 
 class Missing(TinyTask):
@@ -128,7 +134,7 @@ CASES = {
         folder,
         Pictures,
         pictures(),
-        ["round", "dies"],
+        learned("dies", 40),
         DATAFLOW,
         resume=(folder / ".work").exists(),
         steps=brings(Dies),
@@ -152,4 +158,5 @@ def main(folder: Path, *cases: str) -> None:
 
 
 if __name__ == "__main__":
+    midway.SECONDS = 0.0
     main(Path(sys.argv[1]), *sys.argv[2:])

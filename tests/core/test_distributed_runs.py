@@ -39,7 +39,7 @@ def runs(tmp_path_factory):
     """Folders of the runs of one process and of two, and what these said."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     processes.main(one, *EXACT, *LEARNED)
-    code, errors = launch(two, *EXACT, *LEARNED)
+    code, errors = launch(two, *EXACT, *LEARNED, "killed")
     assert code == 0, errors
     return one, two, errors
 
@@ -63,7 +63,7 @@ def test_the_first_process_alone_writes_and_speaks(runs):
     for case in EXACT:
         assert not (two / case / ".work").exists()
         assert not (two / case / ".lock").exists()
-    assert errors.count("quantizing blocks: 3 done") == len(EXACT) - 1 + len(LEARNED)
+    assert errors.count("quantizing blocks: 3 done") == len(EXACT) - 1 + len(LEARNED) + 1
     assert errors.count("quantizing blocks: 2 done") == 1  # the experts
     assert errors.count("2 processes: every one computes all calibration samples, for scaled;") == 1
 
@@ -75,15 +75,16 @@ def test_an_error_of_one_process_ends_all(tmp_path):
     assert re.search(r"rank\s*: 1 .*\n\s*exitcode\s*: 2 ", errors)
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes_and_an_error_of_all_is_one_sentence(tmp_path):
-    processes.main(tmp_path / "whole", "killed")
+def test_a_killed_run_goes_on_to_the_same_bytes_and_an_error_of_all_is_one_sentence(runs, tmp_path):
+    _, whole, _ = runs
     code, _ = launch(tmp_path, "killed", DIES="1")
     assert code != 0
     journal = tmp_path / "killed/.work"
     assert (journal / "block-0000.json").exists()
     assert not (journal / "block-0001.json").exists()
+    assert (journal / "midway-0001-0000.safetensors").exists()
     code, errors = launch(tmp_path, "killed", "too few")
-    assert weights_of(tmp_path / "killed") == weights_of(tmp_path / "whole/killed")
+    assert weights_of(tmp_path / "killed") == weights_of(whole / "killed")
     assert code != 0
     assert re.search(r"exitcode\s*: 2 ", errors)
     sentence = "2 processes cannot share 1 calibration samples: start at most 1"
