@@ -18,7 +18,7 @@ from ptqcore.errors import ArtifactError, ModelError
 from ptqcore.tensor_header import StoredTensor, read_tensor_header
 from ptqcore.tensor_types import TYPES
 
-SMALL = 2**16  # bytes that are not worth the reading
+SMALL = 2**13  # bytes that are not worth the reading
 PIECE = 2**26  # bytes that are read at a time where more is not needed
 
 _SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)

@@ -82,6 +82,11 @@ def load(
     """
     _quiet()
     path = locate(source)
+    if stream and not path.is_dir():
+        raise ModelError(
+            f"task.stream is true, but task.model {source!r} is a GGUF file, which is loaded whole: give a "
+            "folder in Hugging Face format, or leave task.stream out"
+        )
     if stream or (stream is None and path.is_dir() and is_too_large(path, dtype)):
         known = _outline_folder(path)
         _refuse_quantized(path, known.config)
