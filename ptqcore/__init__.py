@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ptqcore.errors import DistributedError as DistributedError
     from ptqcore.errors import ExportError as ExportError
     from ptqcore.errors import ModelError as ModelError
+    from ptqcore.errors import OutOfMemoryError as OutOfMemoryError
     from ptqcore.errors import PluginError as PluginError
     from ptqcore.errors import PtqError as PtqError
     from ptqcore.errors import RecipeError as RecipeError
@@ -190,6 +191,7 @@ _HOME = {
     "DistributedError": "errors",
     "ArtifactError": "errors",
     "BugError": "errors",
+    "OutOfMemoryError": "errors",
     "DataError": "errors",
     "ExportError": "errors",
     "ModelError": "errors",

@@ -47,6 +47,10 @@ class BugError(PtqError):
     exit_code = 1
 
 
+class OutOfMemoryError(PtqError):
+    """A run needs more memory than there is."""
+
+
 class DistributedError(PtqError):
     """The processes of one run have lost each other, or have come to different results."""
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ptqcore import artifact, distributed, files, finite
 from ptqcore.attachments import describe_attachments
-from ptqcore.blame import blaming
+from ptqcore.blame import blaming, enough_memory
 from ptqcore.dataflow import tensors_in
 from ptqcore.errors import (
     ArtifactError,
@@ -73,7 +73,7 @@ def quantize(
     plan = make_plan(recipe, plugin, registry or discover())
     distributed.join()
     with _workspace(output, resume) as work, put_back():
-        with _traced(work):
+        with _traced(work), enough_memory("the run"):
             run = _Run(plan, output, work, resume)
             run.load()
             run.baseline()

@@ -174,6 +174,15 @@ def test_every_verb_of_a_step_is_named(guest, method, doing):
     assert f"error: step 'stretch' of plugin 'guest' failed {doing}: KeyError (its traceback" in line
 
 
+@pytest.mark.parametrize("action", ["torch.zeros(2**50)", "numpy.zeros(2**50)", "raise MemoryError"])
+def test_a_step_that_memory_has_no_room_for_loses_nothing(guest, tmp_path, action):
+    line = sentence(guest(FAILS.format(action=action)), 2)
+    assert "memory is used up: step 'stretch' of plugin 'guest' in block 'second' could not go on" in line
+    assert "fewer or shorter calibration samples" in line
+    assert {path.name for path in (tmp_path / "out/.work").glob("block-*.json")} == {"block-0000.json"}
+    assert guest(NOTHING, "--resume")[0] == 0
+
+
 def test_what_a_step_says_to_the_user_is_left_as_it_is(guest):
     said = FAILS.format(action="raise ModelError('block second is too wide: use fewer bits')")
     assert sentence(guest(said), 2) == "error: block second is too wide: use fewer bits"
