@@ -2,8 +2,8 @@
 
     python tools/bench/ranks.py [--recipes w8a8 …] [--processes 2] [--blocks 2] [--samples 6]
 
-Each recipe runs as one process of one thread, as one of as many threads as there are processes, and as
-processes of one thread (`torchrun`). Printed are the seconds of quantizing the blocks, those of the
+Each recipe runs as one process of one thread, as processes of one thread (`torchrun`), and as one process
+of as many threads as there were processes. Printed are the seconds of quantizing the blocks, those of the
 processor that the busiest process used for that (which other load moves little), those of all of the run
 (loading, metrics and writing are done by one process), and by how much the blocks' errors differ from those
 of one process. Nothing else should run on the machine.
@@ -115,7 +115,7 @@ def rows(name: str, options: argparse.Namespace) -> list[dict[str, str]]:
     recipe = name if name.startswith("w") else "w8a8"
     count = options.processes
     found: list[dict[str, str]] = []
-    for processes, threads in ((1, 1), (1, count), (count, 1)):
+    for processes, threads in ((1, 1), (count, 1), (1, count)):
         run = measure(recipe, changes, processes, threads)
         if not found:
             first = run
