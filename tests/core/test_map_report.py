@@ -10,6 +10,7 @@ from ptqcore import audit
 from ptqcore.activation_audit import CountClipped, between_record, grid_ends
 from ptqcore.blocks import Block
 from ptqcore.dataflow import Site
+from ptqcore.distributed import Share
 from ptqcore.journal import BlockResult, Journal
 from ptqcore.packed import QuantizedTensor
 from ptqcore.placement import Edge
@@ -220,14 +221,14 @@ def test_clipped_values_are_counted_while_they_are_rounded():
     counted = CountClipped({EDGE: made})
     x = torch.tensor([-5.0, -1.0, 0.0, 1.0, 2.0, 9.0, 2.5, 0.5])
     assert torch.equal(counted.functions()[EDGE](x), made(x))
-    (record,) = counted.records("block")
+    (record,) = counted.records("block", Share(2))
     assert (record.name, record.block, record.clipped) == (str(EDGE), "block", 3 / 8)
     assert record.scale == pytest.approx(3 / 255)
-    assert between_record(EDGE, made, [x, x[:4]], [None, None]).clipped == 4 / 12
+    assert between_record(EDGE, made, [x, x[:4]], [None, None], Share(2)).clipped == 4 / 12
 
 
 def test_an_edge_that_was_not_reached_has_no_record():
-    assert CountClipped({EDGE: quantizer()}).records("block") == []
+    assert CountClipped({EDGE: quantizer()}).records("block", Share(2)) == []
 
 
 def test_the_report_shows_the_map_the_activations_and_the_losses():
