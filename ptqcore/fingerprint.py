@@ -33,12 +33,13 @@ def versions(plugins: dict[str, str]) -> dict[str, str]:
 def fingerprint(
     recipe: dict[str, Any], used: dict[str, str], model: nn.Module, samples: Any
 ) -> dict[str, str]:
-    """Name → value of each key of the recipe and of each version, and digests of the model's tensors and of
-    the calibration samples."""
+    """Name → value of each key of the recipe and of each version, the number of threads (sums are taken in
+    another order with another one), and digests of the model's tensors and of the calibration samples."""
     keys = {f"recipe key {key!r}": json.dumps(value) for key, value in _flat(recipe).items()}
     return (
         keys
         | {f"version of {name}": version for name, version in used.items()}
+        | {"number of threads": str(torch.get_num_threads())}
         | {
             "model": DIGEST + digest_of(dict(model.state_dict())),
             "calibration data": DIGEST + digest_of(list(samples)),

@@ -321,7 +321,7 @@ class Spy:
 
     windows = None
 
-    def __init__(self, windows):
+    def __init__(self, windows, store):
         Spy.windows = windows
 
     def measure(self, model, label):

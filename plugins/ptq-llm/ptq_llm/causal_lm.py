@@ -12,7 +12,17 @@ from ptq_llm.decoding import DecodingJudge
 from ptq_llm.kv_cache import KVCacheOptions
 from ptq_llm.metrics import Judge
 from ptq_llm.reference import measure_reference, read_kept
-from ptqcore import DataError, Recipe, RecipeError, Task, TaskOptions, digest_of, write_tensors
+from ptqcore import (
+    DataError,
+    Recipe,
+    RecipeError,
+    Store,
+    Task,
+    TaskOptions,
+    digest_of,
+    free_memory,
+    write_tensors,
+)
 
 SELF = "self"
 _WRITTEN_FOR_EVALUATION = 8
@@ -105,7 +115,7 @@ class CausalLM(Task):
         if not hasattr(self, "_judge"):
             if self._evaluation is None:
                 self._evaluation = self._write()[self._count_for_calibration() :, : self.options.window]
-            self._judge = Judge(self._evaluation)
+            self._judge = Judge(self._evaluation, Store(free_memory() // 4, self.workspace))
             if self.options.kv_cache is not None:
                 windows = self._evaluation[: self.options.decode_windows]
                 self._decoding_judge = DecodingJudge(windows, self._model.config, self.options.kv_cache)

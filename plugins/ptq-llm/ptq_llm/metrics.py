@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ptqcore import track
+from ptqcore import Store, is_on_disk, track
 
 _MOST_KEPT_VALUES = 100_000_000
+_MOST_LOGITS = 2**24  # of windows side by side
 
 Predictions = Iterator[tuple[Tensor, Tensor]]
 """Logits [n, vocabulary] and the tokens [n] that follow, part by part."""
@@ -24,8 +25,12 @@ class Judge:
     100 million kept log-probabilities (about 2,000 for a vocabulary of 49,152).
     """
 
-    def __init__(self, windows: Tensor) -> None:
-        self._windows = windows
+    def __init__(self, windows: Tensor, store: Store | None = None) -> None:
+        """Args:
+        windows: of tokens.
+        store: keeps what is kept of the reference; by default memory does.
+        """
+        self._windows, self._store = windows, store
         self._reference_best: Tensor | None = None
         self._reference_log: list[Tensor] = []
 
@@ -63,7 +68,8 @@ class Judge:
             best.append(logits.argmax(-1))
             kept = log_probs[self._kept_positions(log_probs.shape[-1], seen)]
             if is_reference:
-                self._reference_log.append(kept.clone())
+                copied = kept.clone()
+                self._reference_log.append(copied if self._store is None else self._store.keep(copied))
             else:
                 reference = self._reference_log[index]
                 terms = reference.exp() * (reference - kept)
@@ -87,9 +93,16 @@ class Judge:
 
 
 def read(model: Any, windows: Tensor, label: str) -> Predictions:
-    """Predictions window by window, each read at once."""
-    for window in track(windows, label):
-        yield model(input_ids=window[None], use_cache=False).logits[0, :-1], window[1:]
+    """Predictions window by window, each read at once; of a model that lies on disk several side by side,
+    so that its weights are read less often."""
+    together = 1
+    if isinstance(model, nn.Module) and is_on_disk(model):
+        vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+        together = max(1, _MOST_LOGITS // (windows.shape[1] * vocabulary))
+    for part in track(windows.split(together), label):
+        found = model(input_ids=part, use_cache=False).logits
+        for window, predicted in zip(part, found, strict=True):
+            yield predicted[:-1], window[1:]
 
 
 def decode(model: Any, windows: Tensor, label: str, cache: Any) -> Predictions:
