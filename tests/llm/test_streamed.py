@@ -178,6 +178,12 @@ def test_models_without_linear_layers_are_refused(tmp_path: Path) -> None:
     assert "task.stream to false" in said
 
 
+@pytest.mark.parametrize("key", ["text", "calibration"])
+def test_a_model_on_disk_writes_no_text(model: Path, tmp_path: Path, key: str) -> None:
+    said = _refused(tiny_lm.recipe(model, tmp_path, stream=True, **{key: "self"}), tmp_path)
+    assert f"task.{key} is 'self', but the weights of the model lie on disk" in said
+
+
 def test_a_gguf_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     recipe = tiny_lm.recipe(tmp_path / "model.gguf", tmp_path, stream=True)

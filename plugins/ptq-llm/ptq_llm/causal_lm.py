@@ -21,6 +21,7 @@ from ptqcore import (
     TaskOptions,
     digest_of,
     free_memory,
+    is_on_disk,
     write_tensors,
 )
 
@@ -86,6 +87,7 @@ class CausalLM(Task):
         """Take a model that is loaded already; for the rest as `load_model`."""
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
         self._check_windows()
+        self._check_written()
         if self.options.kv_cache is not None:
             kv_cache.check_decodes(self._model, self.options.kv_cache)
         self._written: Tensor | None = None
@@ -198,6 +200,15 @@ class CausalLM(Task):
                 "tokens in full precision, so that nothing would be quantized: set window to "
                 f"{cache.residual + 2} or more, or residual lower"
             )
+
+    def _check_written(self) -> None:
+        """A model on disk would be read whole for every token that it writes."""
+        for key in ("text", "calibration"):
+            if getattr(self.options, key) == SELF and is_on_disk(self._model):
+                raise DataError(
+                    f"task.{key} is 'self', but the weights of the model lie on disk (task.stream), and would "
+                    "be read again for every token that it writes: give a text file"
+                )
 
     def _calibration_windows(self) -> Tensor | None:
         source = self.options.calibration
