@@ -206,8 +206,8 @@ class CausalLM(Task):
         for key in ("text", "calibration"):
             if getattr(self.options, key) == SELF and is_on_disk(self._model):
                 raise DataError(
-                    f"task.{key} is 'self', but the weights of the model lie on disk (task.stream), and would "
-                    "be read again for every token that it writes: give a text file"
+                    f"task.{key} is 'self', but the weights of the model lie on disk (task.stream), and "
+                    "would be read again for every token that it writes: give a text file"
                 )
 
     def _calibration_windows(self) -> Tensor | None:
