@@ -162,6 +162,7 @@ def tensors_on_disk(file: Path) -> dict[str, Tensor]:
         OSError: if it cannot be read.
         ValueError: if it is damaged, or has a type that torch has not.
     """
+    file = file.absolute()
     return {name: _tensor(file, name, stored) for name, stored in read_tensor_header(file).items()}
 
 
