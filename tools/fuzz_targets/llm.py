@@ -80,6 +80,12 @@ def read_folder(folder: Path) -> None:
     language_models.load(str(folder), torch.float32)
 
 
+def read_streamed(folder: Path) -> None:
+    """Weights stay on disk, and are read as the model computes."""
+    loaded = language_models.load(str(folder), torch.float32, stream=True)
+    loaded.model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
+
+
 def write_assets(folder: Path) -> None:
     (folder / "assets").mkdir()
     (folder / "assets/kv_cache.json").write_text(KVCacheOptions(bits=4).model_dump_json())
@@ -126,6 +132,7 @@ def write_dynamic(folder: Path) -> None:
 _gptq = partial(read_export, GPTQ, False)
 TARGETS = (
     Target("hf-folder", write_folder, read_folder),
+    Target("hf-folder-streamed", write_folder, read_streamed),
     Target("llm-artifact", write_assets, read_assets, mend_artifact),
     Target("gguf", partial(write_export, GGUF, False), read_gguf),
     Target("gguf-header", partial(write_export, GGUF, False), read_gguf_header),
