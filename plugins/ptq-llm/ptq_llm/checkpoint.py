@@ -24,6 +24,7 @@ from ptqcore import (
     Verification,
     free_memory,
     in_memory,
+    is_on_disk,
     one_sentence,
     read_json,
     storage_of,
@@ -130,7 +131,7 @@ class CheckpointExporter(Exporter, Generic[L]):
         self.refuse(model, layers)
         task.save_assets(folder)
         parts = self.stored_layers(model, layers)
-        with Store(free_memory() // 2, folder) as store:
+        with Store(0 if is_on_disk(model) else free_memory(), folder) as store:
             tensors = dict(self.plain_tensors(model, layers))
             for name, layer in parts.items():
                 for key, tensor in self.layer_tensors(layer).items():
