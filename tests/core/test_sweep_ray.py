@@ -37,7 +37,7 @@ def start(folder, *arguments):
 
 def wait_for(file, process):
     """What is in a file, as soon as it is there."""
-    for _ in range(900):
+    for _ in range(3000):
         if file.exists():
             return file.read_text()
         assert process.poll() is None, process.communicate()

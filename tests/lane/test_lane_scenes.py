@@ -148,7 +148,8 @@ def projected(camera, offset, bends, rise, z, width, height):
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 10**6), st.booleans(), st.sampled_from(SIZES))
 def test_labels_are_the_projected_lines(seed, curved, size):
-    """At each labelled row, bisection finds the point of the line that appears in this row."""
+    """At each labelled row, bisection finds the point of the line that appears in this row; labels are straight
+    between places that are a few pixels apart."""
     random = np.random.default_rng(seed)
     camera, road = random_camera(random), random_road(random, curved)
     lanes = lanes_of(Frame(*size), camera, road)
@@ -164,7 +165,7 @@ def test_labels_are_the_projected_lines(seed, curved, size):
                 z = (near + far) / 2
                 x, y = projected(camera, offsets[slot], road.bends, road.rise, z, *size)
                 near, far = (z, far) if y > lanes.rows[row] else (near, z)
-            assert abs(x - xs[row]) < 0.05
+            assert abs(x - xs[row]) < 0.1
             assert z < 55.0001
 
 

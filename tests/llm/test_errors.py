@@ -1,5 +1,6 @@
 """What goes wrong through no fault of the code: one sentence, exit code 2, and nothing half written."""
 
+import errno
 import json
 import os
 import re
@@ -14,13 +15,13 @@ import numpy as np
 import pytest
 import tiny_lm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import ptqcore
 from ptq_llm.causal_lm import CausalLM
 from ptqcore import cli, files
 from ptqcore.rounding import Round
+from ptqcore.tensor_file import tensor_file
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRESS = re.compile(r".+: \d+(/\d+)? (done )?in \d+ .*")
@@ -487,17 +488,15 @@ def full_at(monkeypatch):
     def full_at(number):
         count = 0
 
-        def failing(tensors, path, *metadata):
+        def failing(tensors, metadata):
             nonlocal count
             count += 1
-            if count == number:
-                Path(path).write_bytes(b"half a file")
-                raise SafetensorError(
-                    "Error while serializing: I/O error: No space left on device (os error 28)"
-                )
-            save_file(tensors, path, *metadata)
+            for part in tensor_file(tensors, metadata):
+                yield part
+                if count == number:
+                    raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(files, "save_file", failing)
+        monkeypatch.setattr(files, "tensor_file", failing)
 
     return full_at
 
