@@ -148,8 +148,8 @@ def projected(camera, offset, bends, rise, z, width, height):
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 10**6), st.booleans(), st.sampled_from(SIZES))
 def test_labels_are_the_projected_lines(seed, curved, size):
-    """At each labelled row, bisection finds the point of the line that appears in this row; labels are straight
-    between places that are a few pixels apart."""
+    """At each labelled row, bisection finds the point of the line that appears in this row; labels are
+    straight between places that are a few pixels apart."""
     random = np.random.default_rng(seed)
     camera, road = random_camera(random), random_road(random, curved)
     lanes = lanes_of(Frame(*size), camera, road)
