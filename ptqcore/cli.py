@@ -202,3 +202,7 @@ def main() -> None:
     except PtqError as error:
         print(f"error: {distributed.name()}{error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    except SystemExit as end:
+        if not end.code:
+            distributed.leave()
+        raise

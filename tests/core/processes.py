@@ -160,3 +160,4 @@ def main(folder: Path, *cases: str) -> None:
 if __name__ == "__main__":
     midway.SECONDS = 0.0
     main(Path(sys.argv[1]), *sys.argv[2:])
+    distributed.leave()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 from toy_lanes import write_pictures
@@ -115,6 +115,7 @@ _SECTIONS = st.recursive(
 )
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(_KEYS, _SECTIONS, max_size=4))
 def test_any_stored_model_is_read_or_refused_in_a_sentence(model):
     saved = {"family": "segmentation", "model": {"scope": "mmseg", "model": model}}

@@ -26,14 +26,15 @@ CASES = {
 # The command line, once for each list of arguments.
 SCRIPT = """
 import json, sys
-from ptqcore import cli
+from ptqcore import cli, distributed
 for arguments in json.loads(sys.argv.pop()):
     sys.argv = ["ptq", *arguments]
     try:
-        cli.main()
+        cli.app()
     except SystemExit as end:
         if end.code:
             raise
+distributed.leave()
 """
 
 

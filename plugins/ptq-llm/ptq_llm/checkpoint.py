@@ -33,7 +33,7 @@ from ptqcore import (
 
 _WEIGHTS_FILE = "model.safetensors"
 _CONFIG_FILE = "config.json"
-_PIECE = 2**22  # elements compared at a time
+_PIECE = 2**19  # elements compared at a time
 
 
 class Layout(Protocol):
