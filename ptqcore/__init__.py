@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from ptqcore.learned_rounding import Reconstruct as Reconstruct
     from ptqcore.learned_rounding import ReconstructOptions as ReconstructOptions
     from ptqcore.memory_left import free_memory as free_memory
+    from ptqcore.mmengine_history import training_history as training_history
     from ptqcore.modules import QuantConv2d as QuantConv2d
     from ptqcore.modules import QuantLinear as QuantLinear
     from ptqcore.modules import QuantModule as QuantModule
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     from ptqcore.quantizers import FakeQuant as FakeQuant
     from ptqcore.quantizers import LearnedCodes as LearnedCodes
     from ptqcore.quantizers import LearnedRounding as LearnedRounding
+    from ptqcore.quiet import quietly as quietly
     from ptqcore.reading import one_line as one_line
     from ptqcore.reading import one_sentence as one_sentence
     from ptqcore.reading import parse_json as parse_json
@@ -216,6 +218,8 @@ _HOME = {
     "in_memory": "on_disk",
     "is_on_disk": "on_disk",
     "storage_of": "on_disk",
+    "quietly": "quiet",
+    "training_history": "mmengine_history",
     "Store": "store",
     "tensors_on_disk": "on_disk",
     "without_memory": "on_disk",

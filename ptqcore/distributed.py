@@ -280,11 +280,9 @@ def _gathered(packet: bytes) -> list[bytes]:
     from torch import distributed
 
     mine = torch.frombuffer(bytearray(packet), dtype=torch.uint8)
-    if "gloo" not in str(distributed.get_backend_config()):
-        mine = mine.cuda()
     found = [torch.empty_like(mine) for _ in range(size())]
     distributed.all_gather(found, mine)
-    return [each.cpu().numpy().tobytes() for each in found]
+    return [each.numpy().tobytes() for each in found]
 
 
 def _empty(dtype: str, shape: list[int], device: str) -> Tensor:

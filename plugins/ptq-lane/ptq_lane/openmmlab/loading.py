@@ -4,11 +4,9 @@ A config `.py` is a program of the user, and reading it runs it. The description
 which the same structure is built of classes that the libraries, or code imported before, have registered.
 """
 
-import logging
 import re
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -20,9 +18,8 @@ from torch import Tensor, nn
 from ptq_lane.openmmlab import stand_in
 from ptq_lane.openmmlab.description import SCOPES, Description, for_inference, types
 from ptq_lane.openmmlab.network import Network
-from ptq_lane.openmmlab.training_history import HARMLESS
 from ptq_lane.preprocess import Preprocess
-from ptqcore import ModelError, nearest, one_line, put_weights, read_checkpoint
+from ptqcore import ModelError, nearest, one_line, put_weights, quietly, read_checkpoint, training_history
 
 INSTALL = (
     "pip install --no-deps mmengine==0.10.7 mmcv-lite==2.1.0 mmdet==3.3.0 mmsegmentation==1.2.2 && "
@@ -104,7 +101,7 @@ def load(description: Description, checkpoint: Path | None) -> nn.Module:
     if checkpoint is None:
         raise ModelError("a config of OpenMMLab has no weights, set task.checkpoint to a file of them")
     network = structure(description)
-    state = read_checkpoint(checkpoint, harmless=HARMLESS)
+    state = read_checkpoint(checkpoint, harmless=training_history())
     put_weights(network, _renamed(state), checkpoint)
     return network
 
@@ -179,17 +176,8 @@ def _construct(description: Description) -> nn.Module:
     return model
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> AbstractContextManager[None]:
     """Keep the libraries' warnings and logs from the user."""
     from mmengine.logging import MMLogger
 
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    return quietly(MMLogger.get_current_instance())

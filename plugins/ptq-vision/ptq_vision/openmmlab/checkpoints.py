@@ -4,8 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ptq_vision.harmless import harmless
-from ptqcore import read_checkpoint
+from ptqcore import read_checkpoint, training_history
 
 _TRAINING_ONLY = "auxiliary_head."
 
@@ -16,7 +15,7 @@ def read(checkpoint: str) -> dict[str, Tensor]:
     Raises:
         ModelError: if the file cannot be read, or holds no state dict.
     """
-    return for_inference(read_checkpoint(Path(checkpoint).expanduser(), harmless=harmless()))
+    return for_inference(read_checkpoint(Path(checkpoint).expanduser(), harmless=training_history()))
 
 
 def for_inference(state: dict[str, Tensor]) -> dict[str, Tensor]:

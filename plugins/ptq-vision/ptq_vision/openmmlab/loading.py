@@ -4,11 +4,8 @@ A config `.py` is a program of the user, and reading it runs it. The description
 from which the same structure is built without running anything of it.
 """
 
-import logging
 import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
@@ -20,7 +17,7 @@ from torch import nn
 
 from ptq_vision.openmmlab import checkpoints, stand_in
 from ptq_vision.openmmlab.description import SCOPES, Description, check_types, for_inference, line
-from ptqcore import ModelError, put_weights
+from ptqcore import ModelError, put_weights, quietly
 
 INSTALL = (
     "pip install 'numpy<2.5' opencv-python-headless; "
@@ -178,17 +175,8 @@ def _construct(description: Description) -> nn.Module:
     return model
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the libraries' warnings, and their log of how each weight was initialized, from the user."""
+def _quiet() -> AbstractContextManager[None]:
+    """Keep the libraries' warnings and logs from the user."""
     from mmengine.logging import MMLogger
 
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    return quietly(MMLogger.get_current_instance())

@@ -12,7 +12,7 @@ class _Ignored:
         pass
 
 
-def harmless() -> list[Any]:
+def training_history() -> list[Any]:
     """What checkpoints of mmengine hold beside tensors, for `torch.serialization.safe_globals`.
 
     That is the history of the training, as arrays of numpy. The histories themselves, and `getattr`,
