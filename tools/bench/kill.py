@@ -96,15 +96,17 @@ def _used(process: int) -> float:
 def _journal(output: Path) -> dict[float, bool]:
     """When each file of the journals was written → whether it is a finished block of the run itself.
 
-    `midway-…` are states of what a block is still learning."""
+    `midway-…` are states of what a block is still learning. Files and folders may go while this looks."""
     found = {}
     work = output / ".work"
-    for file in (*work.rglob("*.json"), *work.rglob("midway-*")):
-        try:
-            block = file.name.startswith("block-") and file.parent == work
-            found[file.stat().st_mtime] = block
-        except FileNotFoundError:
-            continue
+    for folder, _, names in os.walk(work):  # which passes over a folder that is gone; Path.rglob raises
+        for file in (Path(folder, name) for name in names):
+            if file.suffix != ".json" and not file.name.startswith("midway-"):
+                continue
+            try:
+                found[file.stat().st_mtime] = file.name.startswith("block-") and file.parent == work
+            except FileNotFoundError:
+                continue
     return found
 
 
