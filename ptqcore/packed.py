@@ -43,12 +43,16 @@ def unpack_bits(words: Tensor, bits: int, n: int) -> Tensor:
     rows, count = words.shape
     if count != -(-n * bits // _WORD):
         raise ValueError(f"{count} words a row cannot hold {n} codes of {bits} bits")
+    mask = 2**bits - 1
+    if 8 % bits == 0:  # no code straddles two bytes: several times faster
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
+        codes = words.contiguous().view(torch.uint8).unsqueeze(-1) >> shifts & mask
+        return codes.flatten(1)[:, :n].contiguous()
     chunks = -(-n // _WORD)
     stream = torch.zeros(rows, chunks * bits, dtype=torch.int64, device=words.device)
     stream[:, :count] = words.to(torch.int64) & 0xFFFFFFFF
     stream = stream.view(rows, chunks, bits)
     codes = torch.empty(rows, chunks, _WORD, dtype=torch.uint8, device=words.device)
-    mask = 2**bits - 1
     for j in range(_WORD):
         word, offset = divmod(j * bits, _WORD)
         value = stream[..., word] >> offset
