@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from ptqcore.learned_rounding import Reconstruct as Reconstruct
     from ptqcore.learned_rounding import ReconstructOptions as ReconstructOptions
     from ptqcore.memory_left import free_memory as free_memory
+    from ptqcore.midway import Midway as Midway
     from ptqcore.mmengine_history import training_history as training_history
     from ptqcore.modules import QuantConv2d as QuantConv2d
     from ptqcore.modules import QuantLinear as QuantLinear
@@ -141,6 +142,7 @@ _HOME = {
     "LearnedRounding": "quantizers",
     "Objective": "reconstruction",
     "Problem": "reconstruction",
+    "Midway": "midway",
     "Schedule": "reconstruction",
     "reconstruct": "reconstruction",
     "Timesteps": "timesteps",

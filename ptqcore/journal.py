@@ -24,7 +24,7 @@ from ptqcore.blocks import Block
 from ptqcore.errors import ArtifactError, PtqError
 from ptqcore.fingerprint import differences, digest_of
 from ptqcore.memory_limit import limited_memory
-from ptqcore.midway import Midway, forget, midways
+from ptqcore.midway import Midway, forget, forget_all, midways
 from ptqcore.on_disk import tensors_on_disk
 from ptqcore.reading import one_line, plain_size, read_json
 from ptqcore.report.record import ActivationRecord, BlockRecord, LayerRecord
@@ -73,7 +73,7 @@ class Journal:
             with files.writing(folder):
                 for file in folder.glob("block-*"):
                     file.unlink()
-                forget(folder)
+                forget_all(folder)
             files.write_json(header, fingerprint)
 
     def _require_same(self, header: Path, fingerprint: dict[str, str]) -> None:
@@ -141,8 +141,9 @@ class Journal:
         load_tensors(block.module, own, tied)
         block.module.requires_grad_(False)
 
-    def midways(self, index: int) -> Iterator[Midway]:
-        """Where states of what a block learns are written, until it is finished."""
+    def midways(self, index: int | None) -> Iterator[Midway]:
+        """Where states of what a block learns are written, until it is finished; None: of what steps learn
+        before the first block, which every resumed run does again."""
         return midways(self._folder, index)
 
     def has(self, index: int, block: Block) -> bool:

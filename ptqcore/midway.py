@@ -16,6 +16,7 @@ from ptqcore.reading import plain_size
 from ptqcore.tensor_header import read_tensor_header
 
 SECONDS = 15.0  # between two writes
+_START = "midway-"
 
 
 class Midway:
@@ -61,15 +62,22 @@ class Midway:
             return None
 
 
-def midways(folder: Path, block: int) -> Iterator[Midway]:
-    """The places of the problems of a block, in the order in which they are solved."""
+def midways(folder: Path, block: int | None) -> Iterator[Midway]:
+    """The places of the problems of a block, in the order in which they are solved; None: of those that
+    are solved before the first block."""
     for number in count():
         yield Midway(folder / f"{_prefix(block)}{number:04d}.safetensors")
 
 
-def forget(folder: Path, block: int | None = None) -> None:
-    """Remove the states of a block that is finished; by default those of all."""
+def forget(folder: Path, block: int) -> None:
+    """Remove the states of a block that is finished."""
     for file in folder.glob(f"{_prefix(block)}*"):
+        file.unlink()
+
+
+def forget_all(folder: Path) -> None:
+    """Remove all states."""
+    for file in folder.glob(f"{_START}*"):
         file.unlink()
 
 
@@ -78,4 +86,4 @@ def _digest(tensors: dict[str, Tensor], text: str) -> str:
 
 
 def _prefix(block: int | None) -> str:
-    return "midway-" if block is None else f"midway-{block:04d}-"
+    return f"{_START}before-" if block is None else f"{_START}{block:04d}-"

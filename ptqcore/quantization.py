@@ -1,6 +1,7 @@
 """The steps of a recipe over a loaded model: every block is handed to every step, in order."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -66,7 +67,8 @@ class Quantization:
         Raises:
             PtqError: if a step, or a format, refuses the model.
         """
-        model, context, samples = self.prepared.model, self.prepared.context, self.prepared.samples
+        model, samples = self.prepared.model, self.prepared.samples
+        context = replace(self.prepared.context, midways=journal.midways(None))
         steps = self.plan.steps(context)
         with self.meter.phase("prepare", self.record.phases):
             self._seed("prepare")

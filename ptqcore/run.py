@@ -170,14 +170,14 @@ class _Run:
             self._check_processes(len(samples))
         with self.phase("trace"):
             self.prepared = prepare(self.plan, task, model, samples)
-        with self.phase("metrics before"):
-            self.record.before = self._measure("full precision")
         recipe = self.plan.resolved.model_dump(mode="json")
         self.marks = fingerprint(recipe, self.record.versions, model, samples)
         if self.plan.needing_all_samples:  # what is learned depends a little on it
             self.marks["number of processes"] = str(distributed.size())
         self._check_alike()
         self.journal = self._journal(self.output / WORK)
+        with self.phase("metrics before"):
+            self.record.before = self._measure("full precision")
 
     def baseline(self) -> None:
         """Round the model to nearest and measure that, where the recipe asks for it; afterwards the model

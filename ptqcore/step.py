@@ -1,8 +1,9 @@
 """The verb of a recipe: what a method does to a model, block by block."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import repeat
 from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -14,6 +15,7 @@ from ptqcore.dataflow import Dataflow
 from ptqcore.errors import ModelError, RecipeError, nearest
 from ptqcore.finite import check_range
 from ptqcore.grids import Grids
+from ptqcore.midway import Midway
 from ptqcore.modules import QuantModule
 from ptqcore.observers import Observer
 from ptqcore.packed import QuantizedTensor
@@ -54,6 +56,8 @@ class Context:
     seed: the run's seed.
     grids: which grid every weight and activation gets.
     task: of the run, for steps that are made for some kinds of tasks.
+    midways: where the states of what steps learn in `prepare` are written now and then; take the next one
+    for each `Problem`, in the same order in every run.
     """
 
     quant: QuantSection
@@ -62,6 +66,7 @@ class Context:
     seed: int
     grids: Grids
     task: Task
+    midways: Iterator[Midway | None] = field(default_factory=lambda: repeat(None))
 
     def reason_to_skip(self, path: str) -> str | None:
         """Why the layer at `path` stays in full precision, or None if it is to be quantized."""

@@ -12,7 +12,17 @@ from tiny_task import W3, W3A4, manifest_of, run, weights_of
 from torch import nn
 
 import ptqcore.fingerprint
-from ptqcore import artifact, files, midway
+from ptqcore import (
+    LearnedRounding,
+    Problem,
+    QuantizedTensor,
+    Schedule,
+    Step,
+    artifact,
+    files,
+    midway,
+    reconstruct,
+)
 from ptqcore.errors import ArtifactError
 from ptqcore.reconstruction import Objective
 from ptqcore.rounding import Round
@@ -362,6 +372,58 @@ def test_a_run_killed_while_it_learns_makes_no_update_again(updates, tmp_path, s
     assert total <= updates.count <= total + 1
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
     assert not (tmp_path / "out/.work").exists()
+
+
+class LearnsFirst(Step):
+    """Learns every layer's rounding, one after the other, before the first block is there."""
+
+    name = "learns-first"
+    stage = "quantize"
+
+    def prepare(self, model, flow, run):
+        self.learned = {path: self.learn(layer) for path, layer in model.named_children()}
+
+    def learn(self, layer):
+        weight = layer.weight.detach()
+        observer = self.context.observer(self.context.quant.weights)
+        observer.update(weight)
+        start = QuantizedTensor.from_range(weight, *observer.range(), self.context.quant.weights.spec)
+        rounding = LearnedRounding(weight, start)
+        rows = torch.randn(6, weight.shape[1], generator=torch.Generator().manual_seed(3))
+        problem = Problem(
+            "a layer",
+            range(6),
+            lambda samples: [rows[list(samples)] @ rounding.weight.T],
+            lambda samples: [rows[list(samples)] @ weight.T],
+            [rounding],
+            [],
+            midway=next(self.context.midways),
+        )
+        generator = torch.Generator().manual_seed(self.context.seed)
+        with torch.enable_grad():
+            reconstruct(problem, Schedule(16, 2, 0.1, 0.0), generator)
+        return rounding.hard()
+
+    def block(self, block, calibration):
+        for path in block.layers():
+            self.quantize_layer(block, calibration, path, self.learned[path])
+
+
+@pytest.mark.parametrize("share", [0.2, 0.6, 0.95])
+def test_a_run_killed_while_it_learns_before_the_first_block_makes_no_update_again(
+    updates, tmp_path, share
+):
+    recipe = {"step": "learns-first", "steps": {"learns-first": f"{__name__}:LearnsFirst"}, "quant": W3}
+    quantize(tmp_path / "whole", **recipe)
+    total, updates.count = updates.count, 0
+    updates.stop_at = int(share * total)
+    with pytest.raises(Stopped):
+        quantize(tmp_path / "out", **recipe)
+    updates.stop_at = None
+    quantize(tmp_path / "out", resume=True, **recipe)
+    assert total > 20
+    assert total <= updates.count <= total + 1
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
 
 
 def test_the_state_of_a_block_that_is_finished_is_removed(updates, tmp_path):

@@ -4,6 +4,8 @@ import pytest
 import tiny_lm
 
 import ptqcore
+from ptq_llm.awq import AWQ
+from ptq_llm.compressed_tensors import CompressedTensors
 from ptq_llm.metrics import Judge
 from ptqcore import DataError, find_recipe
 
@@ -21,8 +23,9 @@ def quantize(model, tmp_path):
     small = [f"task.model={model}", "task.window=24", "task.max_windows=3", "task.calibration_window=24"]
     small += ["task.calibration_samples=2", "export=[]"]
 
-    def run(*changes):
-        return ptqcore.quantize(find_recipe("w8a8", "llm", [*small, *changes]), "llm", tmp_path / "out")
+    def run(*changes, resume=False):
+        chosen = find_recipe("w8a8", "llm", [*small, *changes])
+        return ptqcore.quantize(chosen, "llm", tmp_path / "out", resume)
 
     return run
 
@@ -87,3 +90,54 @@ def test_a_damaged_file_of_figures_is_one_sentence(quantize, tmp_path):
     ):
         quantize(f"task.shared={shared}")
     assert file.read_bytes() == b"damaged"
+
+
+class Stopped(BaseException):
+    """The end of a run, from within."""
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "left"), [(AWQ, "search", 1), (CompressedTensors, "export", 0)]
+)
+@pytest.mark.parametrize("changes", [(), DECODING], ids=["read", "decoded"])
+def test_a_run_that_is_resumed_measures_nothing_again(
+    quantize, measured, monkeypatch, changes, owner, method, left
+):
+    changes = (*changes, "evaluate.baseline=true", "export=[compressed-tensors]")
+    whole = quantize(*changes)
+    parts = 1 + bool(changes[:-2])
+    assert len(measured()) == 3 * parts
+
+    def stop(*_):
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, method, stop)
+        with pytest.raises(Stopped):
+            quantize(*changes)
+    assert len(measured()) == (3 - left) * parts
+    resumed = quantize(*changes, resume=True)
+    assert len(measured()) == left * parts
+    for found, wanted in (
+        (resumed.before, whole.before),
+        (resumed.baseline, whole.baseline),
+        (resumed.after, whole.after),
+    ):
+        assert list(found.items()) == list(wanted.items())
+
+
+def test_another_text_is_measured_by_a_run_that_is_resumed(quantize, measured, monkeypatch, tmp_path):
+    text = tiny_lm.write_text(tmp_path / "text.txt", 100)
+    changes = (f"task.text={text}", "evaluate.baseline=true")
+
+    def stop(*_):
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AWQ, "search", stop)
+        with pytest.raises(Stopped):
+            quantize(*changes)
+    measured()
+    text.write_text("another text, " * 100)
+    quantize(*changes, resume=True)
+    assert len(measured()) == 3

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ptq_diffusion.features_of_time import TimePath
 from ptqcore import (
     LearnedRounding,
+    Midway,
     ModelError,
     Objective,
     Problem,
@@ -34,6 +35,7 @@ def round_together(
     timesteps: Tensor,
     schedule: Schedule,
     generator: torch.Generator,
+    midway: Midway | None = None,
 ) -> list[float]:
     """Learn roundings so that Σᵢ ‖gᵢ(h(t)) − ĝᵢ(ĥ(t))‖² over features and timesteps is small.
 
@@ -46,6 +48,7 @@ def round_together(
         timesteps: [timesteps], of the schedule.
         schedule: of the updates, each on as many timesteps as it says.
         generator: of their order.
+        midway: where the state is written now and then.
 
     Returns:
         The loss of each update.
@@ -69,6 +72,7 @@ def round_together(
         [],
         _FeatureError(),
         len(timesteps),
+        midway=midway,
     )
     try:
         with torch.enable_grad():

@@ -210,7 +210,17 @@ class TIAR(TemporalStep):
         for inputs in [{}, self._inputs] if self._inputs else [{}]:
             roundings = {path: self._rounding(path, layer) for path, layer in layers.items()}
             generator = torch.Generator().manual_seed(self.context.seed)
-            losses = round_together(model, way, wanted, roundings, inputs, self._times, schedule, generator)
+            losses = round_together(
+                model,
+                way,
+                wanted,
+                roundings,
+                inputs,
+                self._times,
+                schedule,
+                generator,
+                next(self.context.midways),
+            )
             learned = {path: rounding.hard() for path, rounding in roundings.items()}
             found = rounded_features(model, way, learned, self._inputs, self._times)
             error = float(squared_error([found[path] for path in wanted], list(wanted.values())))

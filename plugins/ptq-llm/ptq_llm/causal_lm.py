@@ -1,5 +1,6 @@
 """The task `causal-lm`: a language model, its calibration text, and how well it still predicts."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -11,7 +12,7 @@ from ptq_llm import kv_cache, models, text
 from ptq_llm.decoding import DecodingJudge
 from ptq_llm.kv_cache import KVCacheOptions
 from ptq_llm.metrics import Judge
-from ptq_llm.reference import measure_reference, read_kept
+from ptq_llm.reference import measure_reference, measured_once, read_kept
 from ptqcore import (
     DataError,
     Recipe,
@@ -21,6 +22,7 @@ from ptqcore import (
     TaskOptions,
     digest_of,
     free_memory,
+    in_memory,
     is_on_disk,
     write_tensors,
 )
@@ -122,13 +124,22 @@ class CausalLM(Task):
                 windows = self._evaluation[: self.options.decode_windows]
                 self._decoding_judge = DecodingJudge(windows, self._model.config, self.options.kv_cache)
             return self._measure_reference(model)
+        if self.judged == "full precision":
+            return self._measure(model)
+        assert self._evaluation is not None
+        mark = digest_of(self._evaluation)
+        file = self.workspace / f"{self.judged.replace(' ', '-')}-{mark[:16]}.safetensors"
+        return measured_once(file, partial(self._measure, model))
+
+    def _measure(self, model: nn.Module) -> dict[str, float]:
         metrics = self._judge.measure(model, "measuring the quantized model")
         if self.options.kv_cache is not None:
             metrics |= self._decoding_judge.measure(model, "decoding with the quantized model")
         return metrics
 
     def _measure_reference(self, model: nn.Module) -> dict[str, float]:
-        """The metrics of full precision; with `shared`, measured once for all runs."""
+        """The metrics of full precision, measured once for a run and what resumes it; with `shared`, once
+        for all runs."""
         assert self._evaluation is not None
         file = self._reference_file(model, "read", self._evaluation)
         metrics = measure_reference(self._judge, model, "measuring full precision", file)
@@ -137,10 +148,8 @@ class CausalLM(Task):
             metrics |= measure_reference(self._decoding_judge, model, "decoding with full precision", file)
         return metrics
 
-    def _reference_file(self, model: nn.Module, how: str, windows: Tensor) -> Path | None:
-        """Where it is kept what a model predicts on windows; None without `shared`."""
-        if self.options.shared is None:
-            return None
+    def _reference_file(self, model: nn.Module, how: str, windows: Tensor) -> Path:
+        """Where it is kept what a model predicts on windows."""
         mark = digest_of([dict(model.state_dict()), how, windows])
         return self._slow / f"reference-{mark[:16]}.safetensors"
 
@@ -252,5 +261,5 @@ class CausalLM(Task):
             if not file.is_file():
                 special = list(self._tokenizer.all_special_ids)
                 write_tensors(file, {"tokens": text.write(self._model, special, count, length, self.seed)})
-            self._written = read_kept(file)["tokens"]
+            self._written = in_memory(read_kept(file)["tokens"])
         return self._written
