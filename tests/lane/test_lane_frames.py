@@ -1,5 +1,8 @@
 """Pictures and videos: order, colours, random access, and one sentence for each thing that may be wrong."""
 
+import subprocess
+import sys
+
 import cv2
 import numpy as np
 import pytest
@@ -138,3 +141,29 @@ def test_files_that_are_no_video(tmp_path):
 def test_a_video_that_is_cut_off(video):
     video.write_bytes(video.read_bytes()[: video.stat().st_size // 2])
     assert "of 30 frames" in message(video)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no such limit elsewhere")
+def test_what_a_broken_video_claims_to_hold_is_not_allocated(video):
+    """A note of 500 MB in a file of 40 kB: the decoder would read it into memory before it looks."""
+    content = bytearray(video.read_bytes())
+    place = content.index(b"INFO")
+    content[place - 1] = 0xB1  # the size of the list around it
+    content[place + 8 : place + 12] = (500 * 2**20).to_bytes(4, "little")
+    broken = video.with_name("broken.avi")
+    broken.write_bytes(content)
+    script = (
+        "import resource, sys\n"
+        "from ptq_lane.frames import read_frames\n"
+        "from ptqcore import DataError\n"
+        "try: read_frames(sys.argv[1], 'task.images')\n"
+        "except DataError as error: print(error, file=sys.stderr)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    took = {}
+    for file in (video, broken):
+        done = subprocess.run(
+            [sys.executable, "-c", script, file], capture_output=True, text=True, check=True
+        )
+        took[file] = int(done.stdout) // 1024
+    assert took[broken] - took[video] < 100

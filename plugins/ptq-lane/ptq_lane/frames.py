@@ -1,7 +1,9 @@
 """Images of the road, from a folder of pictures or from a video, read one at a time."""
 
+import sys
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,8 @@ LAYOUTS = ("driver_*", "clips")
 """The folders in which CULane and TuSimple keep their pictures, beside others with label maps."""
 
 _KEPT_BYTES = 256 * 2**20
+_DECODER_BYTES = 256 * 2**20  # that any video may take
+_DECODED = 64  # bytes for each of its file that it may take besides
 _ROUNDED_FRAMES = 2
 _MOST_BYTES = 2**28
 _ROOM = 2**23  # pixels that nobody is refused
@@ -125,6 +129,26 @@ def _rgb(picture: NDArray) -> Pixels:
     return np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), dtype=np.uint8)
 
 
+@contextmanager
+def _limited_memory(more: int) -> Iterator[None]:
+    """Let this process take so many bytes more at most, for decoders allocate what a broken file claims to
+    hold. Allocations beyond that fail, which decoders survive. Linux alone knows such a limit."""
+    if sys.platform != "linux":
+        yield
+        return
+    import resource
+
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limits = [pages * resource.getpagesize() + more]
+    limits += [each for each in (soft, hard) if each != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
 class _Video:
     """The frames of a video by number.
 
@@ -162,11 +186,12 @@ class _Video:
         if index < self._next:
             self._capture = self._open()
             self._next = 0
-        while self._next <= index:
-            if not self._capture.grab():
-                self._fail(self._next)
-            self._next += 1
-        decoded, image = self._capture.retrieve()
+        with self._limited():
+            while self._next <= index:
+                if not self._capture.grab():
+                    self._fail(self._next)
+                self._next += 1
+            decoded, image = self._capture.retrieve()
         if not decoded or image is None:
             self._fail(index)
         return _rgb(image)
@@ -177,8 +202,12 @@ class _Video:
             "cut it off before that frame"
         )
 
+    def _limited(self) -> AbstractContextManager[None]:
+        return _limited_memory(_DECODER_BYTES + _DECODED * self._file.stat().st_size)
+
     def _open(self) -> cv2.VideoCapture:
-        capture = cv2.VideoCapture(str(self._file))
+        with self._limited():
+            capture = cv2.VideoCapture(str(self._file))
         if not capture.isOpened():
             raise DataError(
                 f"{self._label} cannot be read as a video: give a folder of pictures, or a video that "
@@ -192,12 +221,14 @@ class _Video:
         capture = self._open()
         stated = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
         possible = 0 < stated <= self._file.stat().st_size  # a frame has a byte at least
-        if possible and capture.set(cv2.CAP_PROP_POS_FRAMES, stated - 1) and capture.grab():
-            return stated
+        with self._limited():
+            if possible and capture.set(cv2.CAP_PROP_POS_FRAMES, stated - 1) and capture.grab():
+                return stated
         capture = self._open()
         found = 0
-        while capture.grab():
-            found += 1
+        with self._limited():
+            while capture.grab():
+                found += 1
         if not found:
             raise DataError(f"{self._label} has no frame that can be decoded: give another video")
         if found < stated - _ROUNDED_FRAMES:
