@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from ptqcore.on_disk import as_type as as_type
     from ptqcore.on_disk import in_memory as in_memory
     from ptqcore.on_disk import is_on_disk as is_on_disk
+    from ptqcore.on_disk import pieces as pieces
     from ptqcore.on_disk import storage_of as storage_of
     from ptqcore.on_disk import tensors_on_disk as tensors_on_disk
     from ptqcore.on_disk import without_memory as without_memory
@@ -218,6 +219,7 @@ _HOME = {
     "ObserverOptions": "observers",
     "as_type": "on_disk",
     "in_memory": "on_disk",
+    "pieces": "on_disk",
     "is_on_disk": "on_disk",
     "storage_of": "on_disk",
     "quietly": "quiet",

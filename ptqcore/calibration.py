@@ -290,6 +290,7 @@ class Calibration:
             self._current = only is None
             return outputs
         finally:
+            self._latest = None
             self.io.functions = functions
             for handle in handles:
                 handle.remove()

@@ -139,6 +139,10 @@ def _spread(parameter: Tensor, spec: QuantSpec) -> Tensor:
     return parameter.unsqueeze(-1) if spec.granularity == "group" else parameter
 
 
+def _offset(zero_point: Tensor | None, spec: QuantSpec) -> Tensor | int:
+    return spec.middle if zero_point is None else _spread(zero_point, spec)
+
+
 def _codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
     """Unpacked codes of grouped x as floats (integer grids) or as values of the float format."""
     scaled = x / _spread(scale, spec)
@@ -149,23 +153,22 @@ def _codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec)
 
 
 def _unclipped(scaled: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
-    """Integer codes of x / scale before they are clipped.
+    """Integer codes of x / scale before they are clipped, in its place.
 
     Ties fall as in the engines: ONNX adds the zero point of a static grid to what is rounded; readers
     of compressed-tensors add that of a dynamic one before, counted from the middle of the grid.
     """
     if zero_point is not None and not spec.dynamic:
-        return torch.round(scaled).add_(_spread(zero_point, spec))  # in place: half the memory traffic
+        return scaled.round_().add_(_spread(zero_point, spec))
     if zero_point is not None:
-        scaled = scaled + (_spread(zero_point, spec) - spec.middle)
-    return torch.round(scaled).add_(spec.middle)
+        scaled.add_(_spread(zero_point, spec) - spec.middle)
+    return scaled.round_().add_(spec.middle)
 
 
 def _values(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
     if spec.is_float:
         return codes.to(scale.dtype) * _spread(scale, spec)
-    offset = spec.middle if zero_point is None else _spread(zero_point, spec)
-    return (codes - offset) * _spread(scale, spec)
+    return (codes - _offset(zero_point, spec)) * _spread(scale, spec)
 
 
 def _raw(codes: Tensor, spec: QuantSpec) -> Tensor:
@@ -175,8 +178,7 @@ def _raw(codes: Tensor, spec: QuantSpec) -> Tensor:
 def position(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
     """Where x lies on an integer grid: its code before rounding and clipping, same shape as x."""
     scaled = split_groups(x, spec) / _spread(scale, spec)
-    offset = spec.middle if zero_point is None else _spread(zero_point, spec)
-    return merge_groups(scaled + offset, spec, _last(x))
+    return merge_groups(scaled + _offset(zero_point, spec), spec, _last(x))
 
 
 def values(position: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
@@ -201,8 +203,12 @@ def nearest(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
     """Values of uint8 codes, in the dtype of the scale."""
     groups = split_groups(codes, spec)
-    numbers = groups.view(float_dtype(spec)) if spec.is_float else groups.to(scale.dtype)
-    return merge_groups(_values(numbers, scale, zero_point, spec), spec, _last(codes))
+    if spec.is_float:
+        numbers = groups.view(float_dtype(spec)).to(scale.dtype)
+    else:
+        numbers = groups.to(scale.dtype).sub_(_offset(zero_point, spec))
+    numbers.mul_(_spread(scale, spec))  # in place: a third of the memory
+    return merge_groups(numbers, spec, _last(codes))
 
 
 def inside(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:

@@ -4,11 +4,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ptqcore import grid
 from ptqcore.spec import QuantSpec
 
 _WORD = 32
+_AT_ONCE = 2**22  # codes
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -19,6 +21,17 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """
     rows, n = codes.shape
     words = -(-n * bits // _WORD)
+    if 8 % bits == 0:  # no code straddles two bytes: several times faster
+        padded = pad(codes, (0, words * _WORD // bits - n)).view(rows, words * 4, 8 // bits)
+        whole = (padded << _shifts(bits, codes)).sum(-1, dtype=torch.uint8)
+        return whole.flatten().view(torch.int32).view(rows, words)
+    parts = torch.split(codes, max(1, _AT_ONCE // max(1, n)))
+    return torch.cat([_pack_words(part, bits)[:, :words] for part in parts])
+
+
+def _pack_words(codes: Tensor, bits: int) -> Tensor:
+    """`pack_bits` for codes that straddle words, with more words for what would fill 32 codes."""
+    rows, n = codes.shape
     chunks = -(-n // _WORD)
     padded = torch.zeros(rows, chunks * _WORD, dtype=torch.int64, device=codes.device)
     padded[:, :n] = codes
@@ -31,7 +44,12 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
             packed[..., word + 1] |= padded[..., j] >> (_WORD - offset)
     packed &= 0xFFFFFFFF
     signed = torch.where(packed >= 2**31, packed - 2**32, packed)
-    return signed.to(torch.int32).view(rows, chunks * bits)[:, :words].contiguous()
+    return signed.to(torch.int32).view(rows, chunks * bits)
+
+
+def _shifts(bits: int, codes: Tensor) -> Tensor:
+    """Where the codes of a byte begin in it."""
+    return torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
 
 
 def unpack_bits(words: Tensor, bits: int, n: int) -> Tensor:
@@ -45,8 +63,7 @@ def unpack_bits(words: Tensor, bits: int, n: int) -> Tensor:
         raise ValueError(f"{count} words a row cannot hold {n} codes of {bits} bits")
     mask = 2**bits - 1
     if 8 % bits == 0:  # no code straddles two bytes: several times faster
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
-        codes = words.contiguous().view(torch.uint8).unsqueeze(-1) >> shifts & mask
+        codes = words.contiguous().view(torch.uint8).unsqueeze(-1) >> _shifts(bits, words) & mask
         return codes.flatten(1)[:, :n].contiguous()
     chunks = -(-n // _WORD)
     stream = torch.zeros(rows, chunks * bits, dtype=torch.int64, device=words.device)

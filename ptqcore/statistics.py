@@ -8,6 +8,7 @@ from torch import Tensor
 from ptqcore.distributed import Share
 
 _PANEL = 256  # columns
+_AT_ONCE = 2**20  # numbers
 
 
 class Gram:
@@ -97,9 +98,13 @@ class Gram:
 
     def energy(self, weight: Tensor) -> float:
         """‖X Wᵀ‖² summed over tokens and outputs, for a weight [outputs, channels]."""
-        matrix = weight.detach().float()
-        total = float(((matrix @ self.matrix) * matrix).sum(dtype=torch.float64))
+        rows = max(1, _AT_ONCE // max(1, weight.shape[1]))
+        total = sum(map(self._energy, torch.split(weight.detach(), rows)))
         return max(total, 0.0)  # rounding can leave a tiny negative sum
+
+    def _energy(self, rows: Tensor) -> float:
+        rows = rows.float()
+        return float((rows @ self.matrix).mul_(rows).sum(dtype=torch.float64))
 
     def relative_error(self, weight: Tensor, quantized: Tensor) -> float:
         """‖X(Ŵ − W)ᵀ‖² / ‖X Wᵀ‖²: the layer's output error from its weights alone.

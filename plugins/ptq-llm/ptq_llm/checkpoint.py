@@ -26,6 +26,7 @@ from ptqcore import (
     in_memory,
     is_on_disk,
     one_sentence,
+    pieces,
     read_json,
     storage_of,
     write_tensors,
@@ -155,7 +156,7 @@ class CheckpointExporter(Exporter, Generic[L]):
             largest = max(largest, self.layer_difference(file, name, layer, layouts[name]))
         for name, tensor in self.plain_tensors(model, layers):
             known.add(name)
-            largest = max(largest, difference(file.numbers(name, tuple(tensor.shape)), tensor))
+            largest = max(largest, _stored_difference(file, name, tensor))
         if unknown := sorted(file.names - known):
             raise ExportError(f"tensor {unknown[0]} is in the file but not in the model")
         return Verification(largest, notes=self.notes(layers))
@@ -217,6 +218,15 @@ def float_linears(model: nn.Module) -> list[str]:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file as transformers does: indented, and text as it is."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _stored_difference(file: TensorFile, name: str, tensor: Tensor) -> float:
+    """That of a tensor in a file, part by part."""
+    largest, first = 0.0, 0
+    for piece in pieces(tensor):
+        rows = range(first, first := first + len(piece)) if tensor.ndim else None
+        largest = max(largest, difference(file.numbers(name, tuple(tensor.shape), rows), piece))
+    return largest
 
 
 def difference(stored: Array, tensor: Tensor) -> float:

@@ -111,8 +111,9 @@ class _Sweep:
         self, weights: Sequence[Tensor], rounded: Sequence[QuantizedTensor], factor: Factor
     ) -> None:
         spec = rounded[0].spec
-        stacked = torch.cat([weight.detach().float() for weight in weights])
-        self.errors = stacked.T[factor.order].contiguous()
+        self.errors = (
+            torch.cat([weight.detach().float() for weight in weights]).T[factor.order].contiguous()
+        )
         self.targets = self.errors.clone()
         self.codes = torch.empty_like(self.errors, dtype=torch.uint8)
         self.scale = _by_group([one.scale for one in rounded], weights)

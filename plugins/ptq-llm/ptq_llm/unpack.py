@@ -54,8 +54,8 @@ class TensorFile:
         """Type of a tensor as the header spells it, for example `BF16`."""
         return self._entry(name).dtype
 
-    def numbers(self, name: str, shape: tuple[int, ...]) -> Array:
-        """A tensor's numbers: floats as float32 (F64 as float64), integers as they are.
+    def numbers(self, name: str, shape: tuple[int, ...], rows: range | None = None) -> Array:
+        """A tensor's numbers, all or some rows: floats as float32 (F64 as float64), integers as they are.
 
         Raises:
             ExportError: if it is missing or has another shape.
@@ -64,7 +64,12 @@ class TensorFile:
         if entry.shape != shape:
             raise ExportError(f"tensor {name} has shape {list(entry.shape)} in the file, not {list(shape)}")
         kind = np.dtype(_STORED_AS[entry.dtype])
-        stored = np.fromfile(self._path, kind, entry.nbytes // kind.itemsize, offset=entry.start)
+        start, count = entry.start, entry.nbytes // kind.itemsize
+        if rows is not None:
+            start += rows.start * math.prod(shape[1:]) * kind.itemsize
+            shape = (len(rows), *shape[1:])
+            count = math.prod(shape)
+        stored = np.fromfile(self._path, kind, count, offset=start)
         return _decode(stored.reshape(shape), entry.dtype)
 
     def _entry(self, name: str) -> StoredTensor:
