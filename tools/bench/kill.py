@@ -5,8 +5,8 @@
 A run is killed once (SIGKILL, all its processes), at a moment drawn evenly from the processor time that a
 whole run took, so that other load moves no moment; then `--resume` finishes it. Linux only. `lost`: seconds
 from what was last on disk to the kill, which are computed again. The longest time between two writes of the
-whole run bounds them; what comes before the first write (loading, calibration samples, metrics) and behind
-the last block (metrics, exports) is always computed again.
+whole run bounds them; what comes before the first write (loading, calibration samples) and behind the last
+block (exports) is always computed again, and so are metrics but those of language models.
 """
 
 import argparse
