@@ -38,11 +38,11 @@ def language(folder):
 def test_killed_runs_are_resumed_to_the_same_bytes(plugin, tmp_path, capsys):
     pytest.importorskip(f"ptq_{plugin}")
     changes = {"lane": LANES, "diffusion": DENOISING}.get(plugin) or language(tmp_path)
-    command = ["--plugin", plugin, "--kills", "2", "--output", str(tmp_path / "out")]
+    command = ["--plugin", plugin, "--kills", "1", "--output", str(tmp_path / "out")]
     command += [f"--set={change}" for change in changes]
     assert kill.main([*command, *(["--recipe", "w4a16"] if plugin == "llm" else [])]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.endswith("| same |")]
-    assert len(rows) == 4  # as they come, and in the table
+    assert len(rows) == 2  # as they come, and in the table
 
 
 def test_other_bytes_are_seen(tmp_path, capsys, monkeypatch):

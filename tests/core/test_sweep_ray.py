@@ -57,7 +57,7 @@ def swept(tmp_path_factory):
     (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     process = start(folder, "sweep", "sweep.yaml", "--output", "out", "--workers", "2")
     os.kill(int(wait_for(folder / "pid", process)), signal.SIGKILL)
-    out, err = process.communicate(timeout=180)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, out + err
     (folder / "err.txt").write_text(err)
     return folder
