@@ -79,6 +79,9 @@ if TYPE_CHECKING:
     from ptqcore.placement import Edge as Edge
     from ptqcore.plan import find_recipe as find_recipe
     from ptqcore.plugin import Plugin as Plugin
+    from ptqcore.problem import Objective as Objective
+    from ptqcore.problem import Problem as Problem
+    from ptqcore.problem import Schedule as Schedule
     from ptqcore.progress import say as say
     from ptqcore.progress import track as track
     from ptqcore.quantizers import FakeQuant as FakeQuant
@@ -93,9 +96,6 @@ if TYPE_CHECKING:
     from ptqcore.recipe import QuantSection as QuantSection
     from ptqcore.recipe import Recipe as Recipe
     from ptqcore.recipe import TensorQuant as TensorQuant
-    from ptqcore.reconstruction import Objective as Objective
-    from ptqcore.reconstruction import Problem as Problem
-    from ptqcore.reconstruction import Schedule as Schedule
     from ptqcore.reconstruction import reconstruct as reconstruct
     from ptqcore.report.figures import Curves as Curves
     from ptqcore.report.figures import Pictures as Pictures
@@ -141,10 +141,10 @@ _HOME = {
     "trace": "dataflow",
     "LearnedCodes": "quantizers",
     "LearnedRounding": "quantizers",
-    "Objective": "reconstruction",
-    "Problem": "reconstruction",
+    "Objective": "problem",
+    "Problem": "problem",
     "Midway": "midway",
-    "Schedule": "reconstruction",
+    "Schedule": "problem",
     "reconstruct": "reconstruction",
     "Timesteps": "timesteps",
     "timesteps_of": "timesteps",

@@ -16,8 +16,8 @@ from ptqcore.dataflow import Op
 from ptqcore.learned_rounding import Learning, LearningOptions
 from ptqcore.modules import rows_to_weight, weight_rows
 from ptqcore.placement import CLIPPING, LAYERS
+from ptqcore.problem import Problem
 from ptqcore.quantizers import LearnedRounding
-from ptqcore.reconstruction import Problem
 
 
 class AdaRoundOptions(LearningOptions):

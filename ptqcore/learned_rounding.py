@@ -19,6 +19,7 @@ from ptqcore.errors import ModelError
 from ptqcore.modules import quantizable_layers, weight_rows
 from ptqcore.packed import QuantizedTensor
 from ptqcore.placement import LAYERS, Edge
+from ptqcore.problem import Objective, Problem, Schedule
 from ptqcore.quantizers import (
     FakeQuant,
     LearnedBias,
@@ -27,7 +28,7 @@ from ptqcore.quantizers import (
     LearnedStep,
     LearnedWeight,
 )
-from ptqcore.reconstruction import Objective, Problem, Schedule, reconstruct
+from ptqcore.reconstruction import reconstruct
 from ptqcore.step import Step, StepOptions
 
 _CACHE_BYTES = 2**23

@@ -24,7 +24,7 @@ from ptqcore import (
     reconstruct,
 )
 from ptqcore.errors import ArtifactError
-from ptqcore.reconstruction import Objective
+from ptqcore.problem import Objective
 from ptqcore.rounding import Round
 
 RECIPE = {"step": [{"qdrop": {"iterations": 3}}, "bias-correction"], "quant": W3A4}

@@ -14,8 +14,9 @@ import ptqcore
 from ptqcore import ModelError, RecipeError, grid
 from ptqcore.learned_rounding import BRECQ
 from ptqcore.packed import QuantizedTensor
+from ptqcore.problem import Objective, Problem, Schedule
 from ptqcore.quantizers import FakeQuant, LearnedBias, LearnedCodes, LearnedRounding, LearnedStep
-from ptqcore.reconstruction import Objective, Problem, Schedule, reconstruct
+from ptqcore.reconstruction import reconstruct
 from ptqcore.spec import QuantSpec
 
 SPEC = QuantSpec(bits=3, granularity="channel")
