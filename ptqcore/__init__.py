@@ -8,7 +8,6 @@ from ptqcore.version import __version__
 if TYPE_CHECKING:
     from ptqcore import grid as grid
     from ptqcore.added_timesteps import add_timesteps as add_timesteps
-    from ptqcore.artifact import Structure as Structure
     from ptqcore.artifact import load as load
     from ptqcore.attachments import Attachment as Attachment
     from ptqcore.attachments import attach as attach
@@ -115,6 +114,7 @@ if TYPE_CHECKING:
     from ptqcore.step import StepOptions as StepOptions
     from ptqcore.step import check_globs as check_globs
     from ptqcore.store import Store as Store
+    from ptqcore.structure import Structure as Structure
     from ptqcore.sweeps.specification import Sweep as Sweep
     from ptqcore.sweeps.specification import read_sweep as read_sweep
     from ptqcore.sweeps.sweep import sweep as sweep
@@ -177,7 +177,7 @@ _HOME = {
     "weight_rows": "modules",
     "say": "progress",
     "load": "artifact",
-    "Structure": "artifact",
+    "Structure": "structure",
     "Block": "blocks",
     "find_blocks": "blocks",
     "BlockLearner": "block_learner",

@@ -13,6 +13,11 @@ from ptqcore.errors import DataError, ModelError
 from ptqcore.on_disk import pieces
 
 
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or infinite values, if any does."""
+    return next((name for name, tensor in tensors.items() if not _is_finite(tensor)), None)
+
+
 def check_stored(tensors: Mapping[str, Tensor]) -> None:
     """The gate in front of every artifact.
 
@@ -22,13 +27,13 @@ def check_stored(tensors: Mapping[str, Tensor]) -> None:
     Raises:
         ModelError: naming the first layer of which something is NaN or infinite.
     """
-    for name, tensor in tensors.items():
-        if not _is_finite(tensor):
-            layer, _, kind = name.rpartition(".")
-            raise ModelError(
-                f"layer {layer!r}: its {kind} holds NaN or infinite values once quantized, so that nothing "
-                "is saved of it: use another step or observer there, or add the layer to quant.ignore"
-            )
+    name = not_finite(tensors)
+    if name is not None:
+        layer, _, kind = name.rpartition(".")
+        raise ModelError(
+            f"layer {layer!r}: its {kind} holds NaN or infinite values once quantized, so that nothing "
+            "is saved of it: use another step or observer there, or add the layer to quant.ignore"
+        )
 
 
 def check_model(model: nn.Module) -> None:
@@ -37,11 +42,11 @@ def check_model(model: nn.Module) -> None:
     Raises:
         ModelError: naming the first tensor that holds NaN or infinite values.
     """
-    for name, tensor in model.state_dict().items():
-        if not _is_finite(tensor):
-            raise ModelError(
-                f"tensor {name!r} of the model holds NaN or infinite values: repair the checkpoint"
-            )
+    name = not_finite(model.state_dict())
+    if name is not None:
+        raise ModelError(
+            f"tensor {name!r} of the model holds NaN or infinite values: repair the checkpoint"
+        )
 
 
 def check_samples(samples: Sequence[Any]) -> None:

@@ -10,15 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ptqcore import distributed, files
-from ptqcore.artifact import (
-    LayerEntry,
-    build_layers,
-    build_tables,
-    describe_layers,
-    describe_tables,
-    load_tensors,
-    unique_tensors,
-)
+from ptqcore.artifact import load_tensors, unique_tensors
 from ptqcore.attachments import AttachmentEntry, FindAttachment, build_attachments, describe_attachments
 from ptqcore.blocks import Block
 from ptqcore.errors import ArtifactError, PtqError
@@ -28,6 +20,7 @@ from ptqcore.midway import Midway, forget, forget_all, midways
 from ptqcore.on_disk import tensors_on_disk
 from ptqcore.reading import one_line, plain_size, read_json
 from ptqcore.report.record import ActivationRecord, BlockRecord, LayerRecord
+from ptqcore.structure import LayerEntry, build_layers, build_tables, describe_layers, describe_tables
 from ptqcore.tensor_header import read_tensor_header
 
 _RANGE = "activation quantizer "

@@ -216,7 +216,7 @@ def test_structures_that_do_not_fit(folder, edit, expected):
 def test_scales_that_are_not_finite(folder):
     for value in (torch.nan, torch.inf):
         change_tensors(folder, one__weight_scale=torch.full((8, 1), value))
-        assert "layer 'one' has a scale that is not finite" in sentence(folder)
+        assert "tensor 'one.weight_scale' holds NaN or infinite values" in sentence(folder)
 
 
 def test_numbers_of_another_kind(folder):

@@ -12,7 +12,16 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from fuzz_targets.target import Target
-from ptqcore import Block, Edge, QuantizedTensor, QuantSpec, artifact, read_checkpoint, write_tensors
+from ptqcore import (
+    Block,
+    Edge,
+    QuantizedTensor,
+    QuantSpec,
+    Structure,
+    artifact,
+    read_checkpoint,
+    write_tensors,
+)
 from ptqcore.attachments import AttachmentEntry, build_attachments
 from ptqcore.checkpoints import put_weights
 from ptqcore.dataflow import Site
@@ -87,7 +96,7 @@ def quantize_layer(
 
 def _quantized() -> nn.Module:
     model = Net().eval()
-    artifact.Structure(layers={}, folded={"norm": "convolution"}).build(model)
+    Structure(layers={}, folded={"norm": "convolution"}).build(model)
     quantize_layer(model, "convolution", model.convolution, QuantSpec(bits=3, granularity="channel"), INPUT)
     quantize_layer(model, "first", model.first, WEIGHT, OF_TIME)
     replace_by_table(model, "time", torch.rand(3, 4))
