@@ -501,9 +501,9 @@ def full_at(monkeypatch):
     return full_at
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("number", range(1, 8))
 def test_a_disk_that_fills_while_tensors_are_saved(base, run, full_at, tmp_path, monkeypatch, number):
-    """Three blocks in the journal, the artifact, and the export."""
+    """What full precision predicts, three blocks in the journal, metrics, the artifact, and the export."""
     used = shutil.copytree(base / "artifact", tmp_path / "used")
     before = snapshot(used)
     full_at(number)
@@ -517,7 +517,7 @@ def test_a_disk_that_fills_while_tensors_are_saved(base, run, full_at, tmp_path,
     monkeypatch.setattr(Round, "block", lambda *args: (quantized.append(args[1].path), original(*args)))
     code, stderr = run(command(base, used, recipe="fp8", extra=["--resume"]))
     assert code == 0, stderr
-    assert quantized == [f"model.layers.{i}" for i in range(3)][min(number - 1, 3) :]
+    assert quantized == [f"model.layers.{i}" for i in range(3)][min(max(number - 2, 0), 3) :]
     fresh = tmp_path / "fresh"
     assert run(command(base, fresh, recipe="fp8"))[0] == 0
     assert (used / "model.safetensors").read_bytes() == (fresh / "model.safetensors").read_bytes()
