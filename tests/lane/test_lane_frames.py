@@ -145,11 +145,11 @@ def test_a_video_that_is_cut_off(video):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no such limit elsewhere")
 def test_what_a_broken_video_claims_to_hold_is_not_allocated(video):
-    """A note of 500 MB in a file of 40 kB: the decoder would read it into memory before it looks."""
+    """A note of 1.5 GB in a file of 40 kB: the decoder would read it into memory before it looks."""
     content = bytearray(video.read_bytes())
     place = content.index(b"INFO")
     content[place - 1] = 0xB1  # the size of the list around it
-    content[place + 8 : place + 12] = (500 * 2**20).to_bytes(4, "little")
+    content[place + 8 : place + 12] = (1500 * 2**20).to_bytes(4, "little")
     broken = video.with_name("broken.avi")
     broken.write_bytes(content)
     script = (

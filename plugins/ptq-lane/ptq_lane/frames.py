@@ -1,5 +1,6 @@
 """Images of the road, from a folder of pictures or from a video, read one at a time."""
 
+import os
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +22,11 @@ LAYOUTS = ("driver_*", "clips")
 """The folders in which CULane and TuSimple keep their pictures, beside others with label maps."""
 
 _KEPT_BYTES = 256 * 2**20
-_DECODER_BYTES = 256 * 2**20  # that any video may take
-_DECODED = 64  # bytes for each of its file that it may take besides
+# What decoding a video may take: always, for each thread (a stack, frames of 4K), for each byte of a file.
+_DECODER_BYTES = 128 * 2**20
+_THREAD_BYTES = 32 * 2**20
+_MOST_THREADS = 16
+_DECODED = 64
 _ROUNDED_FRAMES = 2
 _MOST_BYTES = 2**28
 _ROOM = 2**23  # pixels that nobody is refused
@@ -203,7 +207,9 @@ class _Video:
         )
 
     def _limited(self) -> AbstractContextManager[None]:
-        return _limited_memory(_DECODER_BYTES + _DECODED * self._file.stat().st_size)
+        threads = min(os.cpu_count() or 1, _MOST_THREADS)
+        size = self._file.stat().st_size
+        return _limited_memory(_DECODER_BYTES + _THREAD_BYTES * threads + _DECODED * size)
 
     def _open(self) -> cv2.VideoCapture:
         with self._limited():
