@@ -1,10 +1,11 @@
-"""The command line, run in this process."""
+"""Runs in this process: the command line, and runs that end while something is learned."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from ptqcore import cli
+from ptqcore import Objective, cli, midway
 
 
 @pytest.fixture
@@ -22,3 +23,22 @@ def ptq(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return run
+
+
+class Stopped(BaseException):
+    """The end of a run, from within."""
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    """Counts the updates of all problems, writes the state after each, and stops the run before one."""
+    seen = SimpleNamespace(count=0, stop_at=None, Stopped=Stopped)
+
+    def before(self, updates):
+        if seen.count == seen.stop_at:
+            raise Stopped
+        seen.count += 1
+
+    monkeypatch.setattr(Objective, "before", before)
+    monkeypatch.setattr(midway, "SECONDS", 0.0)
+    return seen

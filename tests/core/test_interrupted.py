@@ -4,7 +4,6 @@ import errno
 import os
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,11 +19,9 @@ from ptqcore import (
     Step,
     artifact,
     files,
-    midway,
     reconstruct,
 )
 from ptqcore.errors import ArtifactError
-from ptqcore.problem import Objective
 from ptqcore.rounding import Round
 
 RECIPE = {"step": [{"qdrop": {"iterations": 3}}, "bias-correction"], "quant": W3A4}
@@ -343,34 +340,29 @@ LEARNS = {
 }
 
 
-@pytest.fixture
-def updates(monkeypatch):
-    """Counts the updates of all problems, writes the state after each, and stops the run before one."""
-    seen = SimpleNamespace(count=0, stop_at=None)
+def killed_and_resumed(updates, folder, share, recipe):
+    """Stop a run after a share of its updates and resume it: none is made again, the bytes are the same.
 
-    def before(self, updates):
-        if seen.count == seen.stop_at:
-            raise Stopped
-        seen.count += 1
-
-    monkeypatch.setattr(Objective, "before", before)
-    monkeypatch.setattr(midway, "SECONDS", 0.0)
-    return seen
+    Returns:
+        How many updates a whole run makes.
+    """
+    quantize(folder / "whole", **recipe)
+    total, updates.count = updates.count, 0
+    updates.stop_at = int(share * total)
+    with pytest.raises(updates.Stopped):
+        quantize(folder / "out", **recipe)
+    updates.stop_at = None
+    quantize(folder / "out", resume=True, **recipe)
+    assert total <= updates.count <= total + 1
+    assert weights_of(folder / "out") == weights_of(folder / "whole")
+    return total
 
 
 @pytest.mark.parametrize("step", LEARNS)
 @pytest.mark.parametrize("share", [0.2, 0.6, 0.95])
 def test_a_run_killed_while_it_learns_makes_no_update_again(updates, tmp_path, step, share):
     recipe = {"step": [LEARNS[step], "bias-correction"], "blocks": "network-wise"}
-    quantize(tmp_path / "whole", **recipe)
-    total, updates.count = updates.count, 0
-    updates.stop_at = int(share * total)
-    with pytest.raises(Stopped):
-        quantize(tmp_path / "out", **recipe)
-    updates.stop_at = None
-    quantize(tmp_path / "out", resume=True, **recipe)
-    assert total <= updates.count <= total + 1
-    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
+    killed_and_resumed(updates, tmp_path, share, recipe)
     assert not (tmp_path / "out/.work").exists()
 
 
@@ -414,28 +406,19 @@ def test_a_run_killed_while_it_learns_before_the_first_block_makes_no_update_aga
     updates, tmp_path, share
 ):
     recipe = {"step": "learns-first", "steps": {"learns-first": f"{__name__}:LearnsFirst"}, "quant": W3}
-    quantize(tmp_path / "whole", **recipe)
-    total, updates.count = updates.count, 0
-    updates.stop_at = int(share * total)
-    with pytest.raises(Stopped):
-        quantize(tmp_path / "out", **recipe)
-    updates.stop_at = None
-    quantize(tmp_path / "out", resume=True, **recipe)
-    assert total > 20
-    assert total <= updates.count <= total + 1
-    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
+    assert killed_and_resumed(updates, tmp_path, share, recipe) > 20
 
 
 def test_the_state_of_a_block_that_is_finished_is_removed(updates, tmp_path):
     updates.stop_at = 30
     recipe = {"step": {"qdrop": {"iterations": 24, "weights": "adaround"}}}
-    with pytest.raises(Stopped):
+    with pytest.raises(updates.Stopped):
         quantize(tmp_path, **recipe)
     names = sorted(file.name for file in (tmp_path / ".work").glob("midway-*"))
     assert names == ["midway-0001-0000.safetensors"]
     updates.stop_at = 2
     updates.count = 0
-    with pytest.raises(Stopped):
+    with pytest.raises(updates.Stopped):
         quantize(tmp_path, **recipe)  # without resume: all of it is gone
     names = sorted(file.name for file in (tmp_path / ".work").glob("midway-*"))
     assert names == ["midway-0000-0000.safetensors"]
@@ -447,7 +430,7 @@ def test_a_damaged_state_is_not_used(updates, tmp_path, damage):
     quantize(tmp_path / "whole", **recipe)
     total, updates.count = updates.count, 0
     updates.stop_at = 10
-    with pytest.raises(Stopped):
+    with pytest.raises(updates.Stopped):
         quantize(tmp_path / "out", **recipe)
     file = tmp_path / "out/.work/midway-0000-0000.safetensors"
     content = bytearray(file.read_bytes())

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler
 
 import ptqcore
-from ptqcore import ModelError, Objective, QuantModule, Recipe, RecipeError, midway, timesteps_of
+from ptqcore import ModelError, QuantModule, Recipe, RecipeError, timesteps_of
 from ptqcore.plugin import discover
 from ptqcore.recipe import Entry, read_recipe, validate
 
@@ -158,29 +158,16 @@ def test_the_same_recipe_gives_the_same_bytes(folder, tmp_path):
     assert len({(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "other")}) == 1
 
 
-class Stopped(BaseException):
-    """The end of a run, from within."""
-
-
-def test_a_run_killed_while_the_temporal_block_learns_makes_no_update_again(folder, tmp_path, monkeypatch):
+def test_a_run_killed_while_the_temporal_block_learns_makes_no_update_again(folder, tmp_path, updates):
     """The second time, with rounded inputs."""
-    seen = SimpleNamespace(count=0, stop_at=None)
-
-    def before(self, updates):
-        if seen.count == seen.stop_at:
-            raise Stopped
-        seen.count += 1
-
-    monkeypatch.setattr(Objective, "before", before)
-    monkeypatch.setattr(midway, "SECONDS", 0.0)
     chosen = recipe(folder, [{FSC: {"scope": "all"}}, {"tiar": {"iterations": 20}}, "round"])
     ptqcore.quantize(chosen, "diffusion", tmp_path / "whole")
-    total, seen.count, seen.stop_at = seen.count, 0, 30
-    with pytest.raises(Stopped):
+    total, updates.count, updates.stop_at = updates.count, 0, 30
+    with pytest.raises(updates.Stopped):
         ptqcore.quantize(chosen, "diffusion", tmp_path / "out")
-    seen.stop_at = None
+    updates.stop_at = None
     ptqcore.quantize(chosen, "diffusion", tmp_path / "out", resume=True)
-    assert seen.count <= total + 2  # one for each time that it learns
+    assert updates.count <= total + 2  # one for each time that it learns
     assert total == 40
     assert len({(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")}) == 1
 

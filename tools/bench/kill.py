@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -99,14 +100,11 @@ def _journal(output: Path) -> dict[float, bool]:
     `midway-…` are states of what a block is still learning. Files and folders may go while this looks."""
     found = {}
     work = output / ".work"
-    for folder, _, names in os.walk(work):  # which passes over a folder that is gone; Path.rglob raises
-        for file in (Path(folder, name) for name in names):
-            if file.suffix != ".json" and not file.name.startswith("midway-"):
-                continue
-            try:
+    # os.walk passes over a folder that is gone; Path.rglob raises.
+    for file in (Path(folder, name) for folder, _, names in os.walk(work) for name in names):
+        if file.suffix == ".json" or file.name.startswith("midway-"):
+            with suppress(FileNotFoundError):
                 found[file.stat().st_mtime] = file.name.startswith("block-") and file.parent == work
-            except FileNotFoundError:
-                continue
     return found
 
 

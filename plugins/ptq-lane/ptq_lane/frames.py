@@ -4,7 +4,7 @@ import os
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -206,10 +206,23 @@ class _Video:
             "cut it off before that frame"
         )
 
-    def _limited(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def _limited(self) -> Iterator[None]:
+        """Decode within a limit of memory.
+
+        Raises:
+            DataError: if it does not suffice, and OpenCV itself notices.
+        """
         threads = min(os.cpu_count() or 1, _MOST_THREADS)
-        size = self._file.stat().st_size
-        return _limited_memory(_DECODER_BYTES + _THREAD_BYTES * threads + _DECODED * size)
+        most = _DECODER_BYTES + _THREAD_BYTES * threads + _DECODED * self._file.stat().st_size
+        with _limited_memory(most):
+            try:
+                yield
+            except cv2.error as error:
+                raise DataError(
+                    f"{self._label} cannot be decoded in the {most // 2**20} MiB of memory that a file of "
+                    "its size gets: encode it anew, with smaller frames"
+                ) from error
 
     def _open(self) -> cv2.VideoCapture:
         with self._limited():

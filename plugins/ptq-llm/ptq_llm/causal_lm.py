@@ -124,7 +124,7 @@ class CausalLM(Task):
                 windows = self._evaluation[: self.options.decode_windows]
                 self._decoding_judge = DecodingJudge(windows, self._model.config, self.options.kv_cache)
             return self._measure_reference(model)
-        if self.judged == "full precision":
+        if self.judged == "full precision":  # another model, outside of a run: nobody said which it is
             return self._measure(model)
         assert self._evaluation is not None
         mark = digest_of(self._evaluation)
